@@ -16,7 +16,6 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .gates import Gate, GlobalPool
 from .resnet import gated_layers
@@ -69,12 +68,12 @@ def gate_costs(
         sizes = tuple(args[0].shape[1:]), tuple(out.shape[1:])
         rows.append(LayerCost(name, kind, *sizes, groups, pair, in_gate.get(name), out_gate.get(name)))
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        ghost = copy.deepcopy(model).eval()
-        for name, module in ghost.named_modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear, GlobalPool)):
-                module.register_forward_hook(partial(note, name))
-        ghost(torch.empty(1, *input_size[-3:], device=next(ghost.parameters()).device))
+    ghost = copy.deepcopy(model).to("meta").eval()
+    for name, module in ghost.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, GlobalPool)):
+            module.register_forward_hook(partial(note, name))
+    with torch.no_grad():
+        ghost(torch.empty(1, *input_size[-3:], device="meta"))
     return rows
 
 # %% ../nbs/02c_macs.ipynb #156c0660
