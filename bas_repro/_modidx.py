@@ -188,6 +188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                  'bas_repro.train.losses': ('train.html#losses', 'bas_repro/train.py'),
                                  'bas_repro.train.main': ('train.html#main', 'bas_repro/train.py'),
                                  'bas_repro.train.optimiser': ('train.html#optimiser', 'bas_repro/train.py'),
+                                 'bas_repro.train.quantiles': ('train.html#quantiles', 'bas_repro/train.py'),
                                  'bas_repro.train.record': ('train.html#record', 'bas_repro/train.py'),
                                  'bas_repro.train.run_epochs': ('train.html#run_epochs', 'bas_repro/train.py'),
                                  'bas_repro.train.save_checkpoint': ('train.html#save_checkpoint', 'bas_repro/train.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'MODELS', 'CIFAR_MODELS', 'SAVE_EVERY', 'NOTEBOOK_ONLY', 'Config', 'canonical', 'check', 'grid', 'identity',
            'slug', 'steps_per_epoch', 'schedule', 'losses', 'optimiser', 'train_epoch', 'evaluate', 'save_checkpoint',
-           'load_checkpoint', 'build', 'load_data', 'record', 'finished', 'train', 'run_epochs', 'compiled', 'sweep',
-           'main']
+           'load_checkpoint', 'build', 'load_data', 'record', 'finished', 'train', 'quantiles', 'run_epochs',
+           'compiled', 'sweep', 'main']
 
 # %% ../nbs/03a_train.ipynb #88d369e8
 import argparse, dataclasses, functools, hashlib, itertools, json, math, pickle, sys, time
@@ -321,6 +321,14 @@ def train(
 SAVE_EVERY = 20 # seconds between checkpoints, at least
 
 # %% ../nbs/03a_train.ipynb #e43893ba
+def quantiles(
+    x: torch.Tensor, # (N, K)
+    n: int = 21, # how many, evenly spaced, the smallest and the largest value among them
+) -> torch.Tensor: # (n, K) float16
+    "For each column, `n` of its values from the smallest to the largest."
+    return x.sort(0).values[torch.linspace(0, len(x) - 1, n).round().long()].half()
+
+# %% ../nbs/03a_train.ipynb #6316fd74
 def run_epochs(
     model: nn.Module,
     config: Config,
@@ -346,7 +354,8 @@ def run_epochs(
             row["val_accuracy"] = right.float().mean().item() if len(splits.val) else None
             row["macs"] = cost.double().mean().item()
             row["seconds"] = (log[-1]["seconds"] if log else 0) + time.monotonic() - began
-            log.append(row); shapes.append(logits[:1000].float().sigmoid().quantile(torch.linspace(0, 1, 21), dim=0).half())
+            log.append(row)
+            shapes.append(quantiles(logits[:1000].float().sigmoid()))
             if not quiet: tqdm.write(" ".join(f"{k}={v:.4g}" for k, v in row.items() if v is not None))
             if time.monotonic() - saved > SAVE_EVERY or epoch + 1 in (pause, config.epochs):
                 save_checkpoint(folder/"checkpoint.pt", {"config": identity(config), "model": model.state_dict(), "optimiser": opt.state_dict(), "log": log, "shapes": shapes})
