@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['argsort', 'ranks', 'positive', 'like', 'safe_log', 'Prior', 'Uniform', 'Normal', 'RelaxedBernoulli', 'Kumaraswamy',
            'beta_fraction', 'betainc', 'fit_fraction', 'polynomial', 'Beta', 'check_arguments', 'check_values',
-           'all_samples', 'batch_shaping_loss', 'plot_loss', 'BatchShaping']
+           'all_samples', 'batch_shaping_loss', 'plot_loss', 'BatchShaping', 'expected_loss']
 
 # %% ../nbs/01_batch_shaping.ipynb #ad64e049
 from numbers import Real
@@ -79,16 +79,17 @@ def safe_log(
 class Prior:
     "A distribution to match. A subclass gives `_cdf` and `log_prob`, both for any point of its support."
     support = 0., 1.  # its lower and upper end
+    clip = 0., 1e4    # default bounds on the density as a slope, in units of 1/x
     single = False    # is float32 enough to evaluate it to 1e-6? Otherwise float64 is used inside
 
     def cdf(self,
-        x: Tensor,       # samples, of shape (N, *features)
-        clip=(0., 1e4),  # bounds on the slope, in units of 1/x
-    ) -> Tensor:         # of the shape and dtype of `x`
+        x: Tensor,  # samples, of shape (N, *features)
+        clip=None,  # bounds on the slope; None: this prior's own
+    ) -> Tensor:    # of the shape and dtype of `x`
         "F(x). Its gradient in `x` is the density, clipped; in the parameters it is exact."
         z = x.detach() if self.single else x.detach().double()
         log_f = self.log_prob(z)
-        slope = log_f.detach().exp().clamp(*clip)
+        slope = log_f.detach().exp().clamp(*(clip or self.clip))
         return self._cdf(z, log_f).to(x.dtype) + (x - x.detach()) * slope.to(x.dtype)
 
     def __repr__(self):
@@ -98,7 +99,7 @@ class Prior:
 # %% ../nbs/01_batch_shaping.ipynb #8a65ba23
 class Uniform(Prior):
     "Uniform between `lo` and `hi`: F(x) = (x - lo) / (hi - lo)."
-    single = True
+    clip, single = (0., torch.inf), True
 
     def __init__(self,
         lo=0.,  # lower end: number or tensor
@@ -121,8 +122,7 @@ class Uniform(Prior):
 # %% ../nbs/01_batch_shaping.ipynb #7dfe44f1
 class Normal(Prior):
     "Normal with this mean and standard deviation: F(x) = Φ((x - mean) / std)."
-    support = -torch.inf, torch.inf
-    single = True
+    support, clip, single = (-torch.inf, torch.inf), (0., torch.inf), True
 
     def __init__(self,
         mean=0.,  # number or tensor
@@ -210,18 +210,20 @@ def betainc(
 
 # %% ../nbs/01_batch_shaping.ipynb #ab8df418
 def fit_fraction(
-    a, b,         # parameters > 0
-    degree: int,  # of the polynomial
-) -> list:        # degree + 1 coefficients, the highest power first
+    a, b,          # parameters > 0: NumPy numbers or arrays, one a feature
+    degree: int,   # of the polynomial
+) -> np.ndarray:   # degree + 1 coefficients, the highest power first, for each feature
     "The polynomial through h(x)/a at the Chebyshev points of 0 to (a + 1)/(a + b + 2)."
-    t = (1 + np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))) / 2
+    power = np.arange(degree, -1, -1)
+    t = (1 + np.cos(np.pi * (power + 0.5) / (degree + 1))) / 2
+    column = (-1,) + (1,) * np.ndim(a)
     end = (a + 1) / (a + b + 2)
-    scaled = np.linalg.solve(np.vander(t), beta_fraction(t * end, a, b) / a)
-    return (scaled / end ** np.arange(degree, -1, -1)).tolist()
+    scaled = np.tensordot(np.linalg.inv(np.vander(t)), beta_fraction(t.reshape(column) * end, a, b) / a, 1)
+    return scaled / end ** power.reshape(column)
 
 
 def polynomial(
-    coefficients,  # the highest power first
+    coefficients,  # numbers or tensors, the highest power first
     x: Tensor,     # without gradient: the sum is built in place
 ) -> Tensor:
     "The polynomial at `x`, by Horner's rule."
@@ -231,20 +233,29 @@ def polynomial(
 
 # %% ../nbs/01_batch_shaping.ipynb #914d9764
 class Beta(Prior):
-    "Beta(a, b) on [0, 1], §4.2's prior on gates: F(x) = I_x(a, b). Fast when `a` and `b` are numbers."
+    "Beta(a, b) on [0, 1], §4.2's prior on gates: F(x) = I_x(a, b). Fast where `a` and `b` are fixed."
     def __init__(self,
         a,  # > 0: below 1, the density rises without bound towards 0
         b,  # > 0: below 1, the density rises without bound towards 1
     ):
         self.a, self.b, self._fits = positive("a", a), positive("b", b), None
-        if isinstance(a, Real) and isinstance(b, Real):
-            ends = np.logspace(-30, -1, 500)
-            x = np.concatenate([[0], ends, np.linspace(0, 1, 2001), 1 - ends]).astype(np.float32)
-            exact, x = special.betainc(a, b, x.astype(np.float64)), torch.from_numpy(x)
-            for degree in 8, 10, 12:
-                self._fits = fit_fraction(a, b, degree), fit_fraction(b, a, degree)
-                if np.abs(self._cdf(x, self.log_prob(x)).numpy() - exact).max() < 5e-7: return
-            self._fits = None
+        learnable = any(isinstance(p, Tensor) and p.requires_grad for p in (a, b))
+        if not learnable and not torch.compiler.is_compiling(): self._fit()
+
+    def _fit(self):
+        "Keep the polynomials of the lowest degree that is good enough in float32, if one is."
+        device = next((p.device for p in (self.a, self.b) if isinstance(p, Tensor)), "cpu")
+        ends = torch.logspace(-30, -1, 100, device=device)
+        x = torch.cat([torch.zeros_like(ends[:1]), ends, torch.linspace(0, 1, 301, device=device), 1 - ends])
+        a, b = torch.broadcast_tensors(*like(x.double(), self.a, self.b))
+        x = x.reshape(-1, *[1] * a.dim())
+        a, b = a.numpy(force=True), b.numpy(force=True)
+        exact = special.betainc(a, b, x.double().numpy(force=True))
+        for degree in 8, 10, 12:
+            fits = fit_fraction(a, b, degree), fit_fraction(b, a, degree)
+            self._fits = [c.tolist() if c.ndim == 1 else list(torch.from_numpy(c).to(x)) for c in fits]
+            if np.abs(self._cdf(x, self.log_prob(x)).numpy(force=True) - exact).max() < 5e-7: return
+        self._fits = None
 
     @property
     def single(self): return self._fits is not None
@@ -269,9 +280,9 @@ def check_arguments(x, prior, lam, dim, reduction, ties, clip):
     if not -x.dim() <= dim < x.dim(): raise ValueError(f"dim must be one of the {x.dim()} dimensions of x, got {dim}")
     if x.shape[dim] < 2: raise ValueError(f"x must hold at least 2 samples along dim={dim}, got shape {tuple(x.shape)}")
     if isinstance(lam, (int, float)) and lam < 0: raise ValueError(f"lam must be at least 0, got {lam}")
-    for name, value, known in (("reduction", reduction, ("sum", "mean", "none")), ("ties", ties, ("ordinal", "average", "max"))):
+    for name, value, known in ("reduction", reduction, ("sum", "mean", "none")), ("ties", ties, ("ordinal", "average", "max")):
         if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    if not 0 <= clip[0] < clip[1]: raise ValueError(f"clip must be (low, high) with 0 <= low < high, got {clip}")
+    if clip is not None and not 0 <= clip[0] < clip[1]: raise ValueError(f"clip must be (low, high) with 0 <= low < high, got {clip}")
     features = x.movedim(dim, 0).shape[1:]
     for name, value in vars(prior).items() if isinstance(prior, Prior) else ():
         shape = value.shape if isinstance(value, Tensor) else ()
@@ -302,11 +313,11 @@ def all_samples(
 def batch_shaping_loss(
     x: Tensor,                # features, any shape; float16 and bfloat16 are shaped in float32
     prior=Beta(0.6, 0.4),     # a Prior, or any object with a differentiable `cdf`, such as a torch.distributions one
-    lam=1.,                   # λ >= 0, strength: a number, or a tensor of no dimension, for annealing without recompiling
+    lam=1.,                   # λ >= 0, strength: a number or, to anneal it without recompiling, a tensor of no dimension
     dim=0,                    # the dimension of the samples
     reduction="sum",          # over all features: "sum" (the paper's), "mean" or "none"
     *, ties="ordinal",        # how equal samples rank: "ordinal" (the paper's), "average" or "max"
-    clip=(0., 1e4),           # bounds on the prior's density in the gradient, for a Prior
+    clip=None,                # (low, high) bounds on a Prior's density in the gradient; None: the prior's own
     group=None,               # process group over which the samples are shaped together; None: this process's alone
     check=True,               # look at the values of x (on the CPU, not in compiled code)
 ) -> Tensor:                  # no dimension; with "none", the shape of x without `dim`
@@ -355,3 +366,11 @@ class BatchShaping(nn.Module):
         return batch_shaping_loss(x, self.prior, self.lam, **self.options)
 
     def extra_repr(self): return ", ".join([repr(self.prior), f"lam={self.lam}", *(f"{k}={v}" for k, v in self.options.items())])
+
+# %% ../nbs/01_batch_shaping.ipynb #b1653879
+def expected_loss(
+    n: int,   # samples in the batch
+    lam=1.,   # λ
+) -> float:
+    "The expected value of Eq. 2 for one feature whose samples follow the prior exactly: λ / (6(N + 1))."
+    return lam / (6 * (n + 1))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'root', 'stream', 'generator', 'fits', 'strict', 'given', 'read_params', 'whole', 'write_json', 'read_json',
-           'environment', 'save_figure', 'readme']
+           'write_params', 'environment', 'save_figure', 'readme']
 
 # %% ../nbs/00_core.ipynb #fb3502c0
 import dataclasses, difflib, hashlib, importlib.metadata, json, os, platform, subprocess, sys, typing
@@ -124,6 +124,11 @@ def read_json(path: str|Path) -> dict:
     if not isinstance(record, dict): raise ValueError(f"{path} is not a record but a {type(record).__name__}: remove it, and the run is made again")
     return record
 
+# %% ../nbs/00_core.ipynb #631da0f3
+def write_params(path: str|Path, settings: dict) -> None:
+    "Write settings as YAML, the form in which papermill and `read_params` take them."
+    with whole(path) as part: part.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
 # %% ../nbs/00_core.ipynb #294915e8
 def environment(
     device: str|torch.device = "cpu", # where the run computed
@@ -165,7 +170,7 @@ def readme(
         elif source and not source.startswith("#|"):
             printed = "".join(t for o in cell["outputs"] for t in o.get("text", o.get("data", {}).get("text/plain", [])))
             parts.append(f"```python\n{source}\n```" + (f"\n\n```\n{printed.rstrip()}\n```" if printed else ""))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts).replace("](../", "](") + "\n" # links, from nbs/ and from the root
 
 # %% ../nbs/00_core.ipynb #0fdf8f94
 if __name__ == "__main__" and "__file__" in globals(): # as a script; a notebook is __main__ too

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MODELS', 'CIFAR_MODELS', 'SAVE_EVERY', 'NOTEBOOK_ONLY', 'Config', 'canonical', 'check', 'grid', 'identity',
-           'slug', 'steps_per_epoch', 'schedule', 'losses', 'optimiser', 'train_epoch', 'evaluate', 'save_checkpoint',
-           'load_checkpoint', 'build', 'load_data', 'record', 'finished', 'train', 'quantiles', 'run_epochs',
-           'compiled', 'sweep', 'main']
+           'slug', 'study', 'steps_per_epoch', 'schedule', 'losses', 'optimiser', 'train_epoch', 'evaluate',
+           'save_checkpoint', 'load_checkpoint', 'build', 'load_data', 'record', 'finished', 'train', 'quantiles',
+           'run_epochs', 'compiled', 'sweep', 'main']
 
 # %% ../nbs/03a_train.ipynb #88d369e8
 import argparse, dataclasses, functools, hashlib, itertools, json, math, pickle, sys, time
@@ -17,7 +17,6 @@ import joblib
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -121,6 +120,18 @@ def slug(config: Config) -> str:
     strength = {"plain": "", "shaping": f"-l{run.lam:g}"}.get(run.method, f"-g{run.gamma:g}")
     digest = hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:6]
     return f"{run.dataset}-{run.model}{wide}-{run.method}{strength}-e{run.epochs}-s{run.seed}-{digest}"
+
+# %% ../nbs/03a_train.ipynb #2d6c93f1
+def study(
+    configs: list[Config],
+    name: str = "", # a name of the user's own; "": made from the settings
+) -> str: # a folder's name
+    "The name of a study. `ValueError` in one line for a name that is no folder's."
+    if name:
+        if Path(name).name != name or name.startswith("."): raise ValueError(f"run={name!r}: give a plain folder name, without / and not starting with a dot")
+        return name
+    digest = hashlib.sha256(" ".join(map(slug, configs)).encode()).hexdigest()[:6]
+    return f"study-{configs[0].dataset}-e{configs[0].epochs}-{digest}"
 
 # %% ../nbs/03a_train.ipynb #6fb4b03b
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -307,7 +318,7 @@ def train(
     made = core.environment(device)
     splits = load_data(config.dataset, config.data_root, config.holdout, config.image_size, device)
     if len(splits.train) < 2: raise ValueError(f"{config.dataset}: {len(splits.train)} training images are too few")
-    with core.whole(folder/"params.yaml") as part: part.write_text(yaml.safe_dump(identity(config), sort_keys=False), encoding="utf-8")
+    core.write_params(folder/"params.yaml", identity(config))
     model = build(config, len(splits.classes)).to(device, memory_format=torch.channels_last)
     log = run_epochs(model, config, splits, folder, state, quiet, pause)
     if len(log) < config.epochs: return None

@@ -1,0 +1,48 @@
+"""Experiment notebooks through papermill, as users run them: parameters show in the results, bad ones are refused by name."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    "A folder that looks like the repository, so that a test's outputs stay out of the real one."
+    (tmp_path / "settings.ini").write_text((ROOT / "settings.ini").read_text())
+    for name in ("nbs", "params"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def papermill(checkout, notebook, *arguments):
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{notebook}.ipynb", "x.ipynb", *arguments]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("notebook, figure", [("04_cifar10", "fig3a"), ("05_imagenet", "fig3b")])
+def test_a_parameter_shows_in_the_result(checkout, notebook, figure):
+    done = papermill(checkout, notebook, "-f", f"params/{notebook}/smoke.yaml", "-p", "gamma", "0.2", "-p", "run", "mine")
+    assert done.returncode == 0, done.stderr
+    folder = checkout / "outputs" / notebook / "mine"
+    assert pd.read_csv(folder / f"{figure}.csv").set_index("method").gamma["bas"] == 0.2
+    assert yaml.safe_load((folder / "params.yaml").read_text())["gamma"] == 0.2
+    assert (folder / f"{figure}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("gama", "0.1", "unknown parameter 'gama': did you mean 'gamma'?"),
+    ("gamma", "-0.1", "gamma=-0.1: must be 0 or more"),
+    ("epochs", "2.5", "epochs=2.5 is of type float"),
+    ("dataset", "mnist", "dataset='mnist' is not known"),
+    ("run", "../elsewhere", "give a plain folder name"),
+])
+def test_a_bad_parameter_is_refused_by_name(checkout, name, value, says):
+    done = papermill(checkout, "04_cifar10", "-p", name, value)
+    assert done.returncode != 0 and says in done.stderr
+    assert not (checkout / "outputs").exists()
