@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'MODELS', 'CIFAR_MODELS', 'SAVE_EVERY', 'NOTEBOOK_ONLY', 'Config', 'canonical', 'check', 'grid', 'identity',
            'slug', 'study', 'steps_per_epoch', 'schedule', 'losses', 'optimiser', 'train_epoch', 'evaluate',
            'save_checkpoint', 'load_checkpoint', 'build', 'load_data', 'record', 'finished', 'train', 'quantiles',
-           'run_epochs', 'compiled', 'sweep', 'main']
+           'fates', 'fate_table', 'run_epochs', 'compiled', 'sweep', 'preset', 'main']
 
 # %% ../nbs/03a_train.ipynb #88d369e8
 import argparse, dataclasses, functools, hashlib, itertools, json, math, pickle, sys, time
@@ -309,7 +309,7 @@ def train(
     quiet: bool = True, # False: also print a line an epoch
     pause: int|None = None, # stop after this many epochs, as if killed; None: go to the end
 ) -> dict|None: # the run's record, also in metrics.json; None if it paused
-    "Train one run, or go on where it stopped, or return its record if it is complete. Leaves params.yaml, log.csv, metrics.json."
+    "Train one run, or go on where it stopped, or return its record if it is complete. Leaves params.yaml, log.csv, gates.csv, metrics.json."
     check(config := canonical(config))
     folder = Path(out or core.root()/"outputs"/"train")/slug(config)
     if metrics := finished(folder, config): return metrics
@@ -320,8 +320,10 @@ def train(
     if len(splits.train) < 2: raise ValueError(f"{config.dataset}: {len(splits.train)} training images are too few")
     core.write_params(folder/"params.yaml", identity(config))
     model = build(config, len(splits.classes)).to(device, memory_format=torch.channels_last)
-    log = run_epochs(model, config, splits, folder, state, quiet, pause)
+    log, shapes = run_epochs(model, config, splits, folder, state, quiet, pause)
     if len(log) < config.epochs: return None
+    if shapes.shape[2]:
+        with core.whole(folder/"gates.csv") as part: fate_table(shapes).to_csv(part, index=False)
     metrics = record(config, model, splits, log) | made
     with core.whole(folder/"model.pt") as part: torch.save(model.state_dict(), part)
     core.write_json(folder/"metrics.json", metrics)
@@ -339,7 +341,27 @@ def quantiles(
     "For each column, `n` of its values from the smallest to the largest."
     return x.sort(0).values[torch.linspace(0, len(x) - 1, n).round().long()].half()
 
-# %% ../nbs/03a_train.ipynb #6316fd74
+# %% ../nbs/03a_train.ipynb #fa2822e4
+def fates(
+    last: torch.Tensor, # (21, K): the quantiles of each gate's probability in the last epoch
+) -> dict: # label → gate number
+    "Four gates by how they end."
+    spread = (last[-2] - last[1]).argsort(descending=True)
+    return {"ends open": last.mean(0).argmax().item(), "ends closed": last.mean(0).argmin().item(),
+            "stays conditional": spread[0].item(), "stays conditional too": spread[1].item()}
+
+# %% ../nbs/03a_train.ipynb #d8284f8e
+def fate_table(
+    shapes: torch.Tensor, # (epochs, 21, K)
+) -> pd.DataFrame: # columns fate, gate, epoch, rank (0 to 1), probability
+    "The four gates' distributions at up to six epochs, the first and the last among them."
+    epochs = torch.linspace(0, len(shapes) - 1, min(6, len(shapes))).round().int().tolist()
+    rank = torch.linspace(0, 1, shapes.shape[1]).tolist()
+    return pd.DataFrame([{"fate": fate, "gate": gate, "epoch": epoch + 1, "rank": round(r, 3), "probability": round(p, 4)}
+                         for fate, gate in fates(shapes[-1].float()).items() for epoch in epochs
+                         for r, p in zip(rank, shapes[epoch, :, gate].float().tolist())])
+
+# %% ../nbs/03a_train.ipynb #2f79f633
 def run_epochs(
     model: nn.Module,
     config: Config,
@@ -348,7 +370,7 @@ def run_epochs(
     state: dict|None, # a checkpoint to go on from
     quiet: bool,
     pause: int|None,
-) -> list[dict]: # the log, a row an epoch
+) -> tuple[list[dict], torch.Tensor]: # the log, a row an epoch; the gates' quantiles (epochs, 21, K)
     "Train from the checkpoint's epoch, or from the start, to the end."
     opt, log, shapes, saved = optimiser(model, config), [], [], time.monotonic()
     if state:
@@ -371,9 +393,8 @@ def run_epochs(
             if time.monotonic() - saved > SAVE_EVERY or epoch + 1 in (pause, config.epochs):
                 save_checkpoint(folder/"checkpoint.pt", {"config": identity(config), "model": model.state_dict(), "optimiser": opt.state_dict(), "log": log, "shapes": shapes})
                 with core.whole(folder/"log.csv") as part: pd.DataFrame(log).to_csv(part, index=False)
-                with core.whole(folder/"gates.pt") as part: torch.save(torch.stack(shapes), part)
                 saved = time.monotonic()
-    return log
+    return log, torch.stack(shapes)
 
 # %% ../nbs/03a_train.ipynb #bb96f423
 def compiled(
@@ -402,6 +423,15 @@ def sweep(
 NOTEBOOK_ONLY = ("run",) # parameters of an experiment notebook that are not a run's settings
 
 # %% ../nbs/03a_train.ipynb #f1dd6dc9
+def preset(
+    path: str|Path, # params/<notebook>/<preset>.yaml
+    **others, # settings that replace the file's
+) -> tuple[list[Config], Path]: # the runs, and the folder of their records: outputs/<notebook>
+    "The runs that a preset stands for, all checked."
+    settings = {k: v for k, v in {**core.read_params(path), **others}.items() if k not in NOTEBOOK_ONLY}
+    return grid(settings), core.root()/"outputs"/Path(path).resolve().parent.name
+
+# %% ../nbs/03a_train.ipynb #a72e2ae1
 def main(
     arguments: list[str]|None = None, # None: the command line's
 ) -> None:
@@ -412,12 +442,8 @@ def main(
     parser.add_argument("--data-root", default="", help="folder of data sets, instead of the preset's")
     options = parser.parse_args(arguments)
     try:
-        todo = []
-        for path in options.presets:
-            settings = {k: v for k, v in core.read_params(path).items() if k not in NOTEBOOK_ONLY}
-            if options.data_root: settings["data_root"] = options.data_root
-            todo.append((core.root()/"outputs"/Path(path).resolve().parent.name, grid(settings)))
-        for out, configs in todo:
+        root = {"data_root": options.data_root} if options.data_root else {}
+        for configs, out in [preset(path, **root) for path in options.presets]: # all are read before any is trained
             for config, metrics in zip(configs, sweep(configs, out, options.jobs, quiet=False)):
                 print(f"{slug(config)}: test accuracy {metrics['test_accuracy']:.4f}, MACs {metrics['mac_share']:.3f} of the plain network")
     except (ValueError, TypeError, OSError, FloatingPointError) as error: sys.exit(f"error: {error}")
