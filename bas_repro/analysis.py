@@ -89,7 +89,7 @@ def tradeoff(
         ax.errorbar(group.macs / scale, group.test_accuracy * 100, group.accuracy_std.where(group.n >= 3) * 100, group.macs_std.where(group.n >= 3) / scale,
                     marker=marker, linestyle=line, color=nets[model, width], markersize=12 if method == "plain" else 7, capsize=3, label=f"{name} {NAMES[method]}")
         for x, y, gamma in zip(group.macs / scale, group.test_accuracy * 100, group.gamma):
-            if method in ("bas", "l0"): ax.annotate(f"γ={gamma:g}", (x, y), (4, -11), textcoords="offset points", fontsize=7)
+            if method in ("bas", "l0"): ax.annotate(f"γ={gamma:g}", (x, y), (6, 5), textcoords="offset points", fontsize=7)
     if paper is not None: ax.plot(paper.macs / scale, paper.accuracy * 100, "D", color="0.5", fillstyle="none", label="the paper (ImageNet)")
     ax.set(xlabel=f"mean MACs per test image ({sign})", ylabel="top-1 accuracy on the test images (%)", title=title)
     ax.set_xlim(0, max(ax.get_xlim()[1], 1.05 * table.macs_dense.max() / scale))
@@ -161,7 +161,7 @@ def fate_plot(
 ): # a matplotlib figure
     "Fig. 1b: for each of four gates, the share of images below each probability, epoch by epoch."
     grid = sns.relplot(table, x="probability", y="rank", hue="epoch", col="fate", kind="line", palette="crest", height=2.4, aspect=0.9, orient="y", errorbar=None)
-    grid.set_titles("{col_name}").set_axis_labels("probability open", "share of images below").set(xlim=(0, 1))
+    grid.set_titles("{col_name}").set_axis_labels("probability open", "share of images below").set(xlim=(0, 1), xticks=(0, 0.5, 1))
     grid.figure.suptitle(title, y=1.04)
     plt.close(grid.figure)
     return grid.figure

@@ -283,8 +283,9 @@ def check_arguments(x, prior, lam, dim, reduction, ties, clip):
     for name, value, known in ("reduction", reduction, ("sum", "mean", "none")), ("ties", ties, ("ordinal", "average", "max")):
         if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
     if clip is not None and not 0 <= clip[0] < clip[1]: raise ValueError(f"clip must be (low, high) with 0 <= low < high, got {clip}")
+    if torch.compiler.is_compiling() or not isinstance(prior, Prior): return    # torch 2.11 cannot trace `vars`
     features = x.movedim(dim, 0).shape[1:]
-    for name, value in vars(prior).items() if isinstance(prior, Prior) else ():
+    for name, value in vars(prior).items():
         shape = value.shape if isinstance(value, Tensor) else ()
         if len(shape) > len(features) or any(n not in (1, m) for n, m in zip(shape[::-1], features[::-1])):
             raise ValueError(f"prior must have one {name}, or one for each of the features {tuple(features)}, got shape {tuple(shape)}")

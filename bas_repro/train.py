@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'MODELS', 'CIFAR_MODELS', 'SAVE_EVERY', 'NOTEBOOK_ONLY', '
            'fates', 'fate_table', 'run_epochs', 'compiled', 'sweep', 'preset', 'main']
 
 # %% ../nbs/03a_train.ipynb #88d369e8
-import argparse, dataclasses, functools, hashlib, itertools, json, math, pickle, sys, time
+import argparse, dataclasses, functools, hashlib, itertools, json, math, pickle, sys, time, typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,8 +109,10 @@ def grid(
 # %% ../nbs/03a_train.ipynb #223d501f
 def identity(config: Config) -> dict: # name → value
     "The settings that decide a run's numbers."
-    settings = dataclasses.asdict(canonical(config))
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in ("data_root", "device", "compile")}
+    same = {float: float, tuple: lambda values: [float(v) for v in values]} # 100 and 100.0 are one value
+    kinds = typing.get_type_hints(Config)
+    return {name: same.get(kinds[name], lambda v: v)(value) for name, value in dataclasses.asdict(canonical(config)).items()
+            if name not in ("data_root", "device", "compile")}
 
 # %% ../nbs/03a_train.ipynb #e53dc6fa
 def slug(config: Config) -> str:
@@ -347,8 +349,8 @@ def fates(
 ) -> dict: # label → gate number
     "Four gates by how they end."
     spread = (last[-2] - last[1]).argsort(descending=True)
-    return {"ends open": last.mean(0).argmax().item(), "ends closed": last.mean(0).argmin().item(),
-            "stays conditional": spread[0].item(), "stays conditional too": spread[1].item()}
+    return {"most open": last.mean(0).argmax().item(), "most closed": last.mean(0).argmin().item(),
+            "most conditional": spread[0].item(), "next most conditional": spread[1].item()}
 
 # %% ../nbs/03a_train.ipynb #d8284f8e
 def fate_table(
