@@ -418,8 +418,8 @@ def sweep(
 ) -> list[dict]: # their records, in the same order
     "Train what is not complete yet, one after the other or side by side through joblib. All settings are checked first."
     for config in configs: check(config)
-    if jobs == 1: return [train(config, out, quiet) for config in tqdm(configs, "runs", disable=None)]
-    return joblib.Parallel(n_jobs=jobs)(joblib.delayed(train)(config, out, quiet) for config in configs)
+    records = joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(train)(config, out, quiet) for config in configs)
+    return list(tqdm(records, "runs", len(configs), disable=None))
 
 # %% ../nbs/03a_train.ipynb #7772282e
 NOTEBOOK_ONLY = ("run",) # parameters of an experiment notebook that are not a run's settings
@@ -452,4 +452,5 @@ def main(
 
 # %% ../nbs/03a_train.ipynb #a3340349
 if __name__ == "__main__" and "__file__" in globals(): # as a script; a notebook is __main__ too
+    from bas_repro.train import main # by the module's name, under which the workers of a sweep find it
     main()

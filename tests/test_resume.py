@@ -61,3 +61,12 @@ def test_bad_presets_are_one_line(checkout, monkeypatch, preset, says):
     with pytest.raises(SystemExit) as stop:
         train.main(["params/study/a.yaml"])
     assert says in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_two_processes_train_what_one_does(checkout):
+    (checkout / "params" / "study" / "a.yaml").write_text(PRESET.replace("epochs: 12", "epochs: 1") + "\nmethod: [plain, bas]")
+    command = [sys.executable, "-m", "bas_repro.train", "params/study/a.yaml", "--jobs", "2"]
+    done = subprocess.run(command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    configs = train.grid({**SETTINGS, "epochs": 1, "method": ["plain", "bas"]})
+    assert all(train.finished(checkout / "outputs" / "study" / train.slug(config), config) for config in configs)
