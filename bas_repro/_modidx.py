@@ -106,6 +106,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                 'bas_repro.core.save_figure': ('core.html#save_figure', 'bas_repro/core.py'),
                                 'bas_repro.core.stream': ('core.html#stream', 'bas_repro/core.py'),
                                 'bas_repro.core.strict': ('core.html#strict', 'bas_repro/core.py'),
+                                'bas_repro.core.unwatched': ('core.html#unwatched', 'bas_repro/core.py'),
                                 'bas_repro.core.whole': ('core.html#whole', 'bas_repro/core.py'),
                                 'bas_repro.core.write_json': ('core.html#write_json', 'bas_repro/core.py'),
                                 'bas_repro.core.write_params': ('core.html#write_params', 'bas_repro/core.py')},

@@ -19,7 +19,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import core
 
@@ -96,7 +96,7 @@ def read_tree(
     x = torch.empty((len(tree), size, size, 3), dtype=torch.uint8)
     def put(i): x[i] = torch.from_numpy(decode(tree.samples[i][0], size).copy())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(put, range(len(tree))), f"reading {folder}", len(tree), leave=False, disable=None): pass
+        for _ in tqdm(pool.map(put, range(len(tree))), f"reading {folder}", len(tree), leave=False, disable=core.unwatched()): pass
     return Images(x.permute(0, 3, 1, 2), torch.tensor(tree.targets)), tuple(tree.classes)
 
 # %% ../nbs/03_data.ipynb #319180a8

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import core, data, gates, macs, resnet
 from .batch_shaping import batch_shaping_loss
@@ -381,7 +381,7 @@ def run_epochs(
     n = steps_per_epoch(len(splits.train), config.batch_size)
     loss = compiled(config, n * config.epochs, splits.train.x.device.type)
     watched = data.Images(*(t[:1000] for t in (splits.val if len(splits.val) else splits.train)))
-    with tqdm(desc=slug(config), total=n * config.epochs, initial=len(log) * n, leave=False, disable=None) as bar:
+    with tqdm(desc=slug(config), total=n * config.epochs, initial=len(log) * n, leave=False, disable=core.unwatched()) as bar:
         for epoch in range(len(log), min(config.epochs, pause or config.epochs)):
             began = time.monotonic()
             row = train_epoch(model, opt, loss, splits, config, epoch, bar)
@@ -419,7 +419,7 @@ def sweep(
     "Train what is not complete yet, one after the other or side by side through joblib. All settings are checked first."
     for config in configs: check(config)
     records = joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(train)(config, out, quiet) for config in configs)
-    return list(tqdm(records, "runs", len(configs), disable=None))
+    return list(tqdm(records, "runs", len(configs), disable=core.unwatched()))
 
 # %% ../nbs/03a_train.ipynb #7772282e
 NOTEBOOK_ONLY = ("run",) # parameters of an experiment notebook that are not a run's settings
