@@ -167,14 +167,15 @@ def save_figure(
 def readme(
     notebook: dict, # a notebook as JSON
 ) -> str: # Markdown
-    "Render a notebook as Markdown: code cells as fenced Python, their printed output as fenced text."
+    "Render a notebook as Markdown: code cells as fenced Python (unless they say `#| echo: false`), their printed output as fenced text."
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown": parts.append(source)
-        elif source and not source.startswith("#|"):
+        elif source:
             printed = "".join(t for o in cell["outputs"] for t in o.get("text", o.get("data", {}).get("text/plain", [])))
-            parts.append(f"```python\n{source}\n```" + (f"\n\n```\n{printed.rstrip()}\n```" if printed else ""))
+            if not source.startswith("#| echo: false"): parts.append(f"```python\n{source}\n```")
+            if printed: parts.append(f"```\n{printed.rstrip()}\n```")
     return "\n\n".join(parts).replace("](../", "](") + "\n" # links, from nbs/ and from the root
 
 # %% ../nbs/00_core.ipynb #0fdf8f94
