@@ -44,7 +44,7 @@ class Config:
     momentum: float = 0.9 # Nesterov's
     weight_decay: float = 5.0e-4 # of everything but the gating modules
     gate_weight_decay: float = 0.0 # of the gating modules
-    calendar: float = 500 # epochs of the paper's run; the next five are in its epochs
+    calendar: float = 500 # epochs of the paper's run; the next four are in its epochs
     lr_drops: tuple = (300, 375, 450) # the learning rate is divided by 10
     lam_until: float = 100 # λ has fallen to 0
     gamma_from: float = 100 # γ begins to grow
