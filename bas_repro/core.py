@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'root', 'stream', 'generator', 'unwatched', 'fits', 'strict', 'given', 'read_params', 'whole', 'write_json',
-           'read_json', 'write_params', 'environment', 'save_figure', 'readme']
+           'read_json', 'write_params', 'code', 'environment', 'save_figure', 'readme']
 
 # %% ../nbs/00_core.ipynb #fb3502c0
-import dataclasses, difflib, hashlib, importlib.metadata, json, os, platform, subprocess, sys, typing
+import dataclasses, difflib, functools, hashlib, importlib.metadata, json, os, platform, subprocess, sys, typing
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -134,15 +134,22 @@ def write_params(path: str|Path, settings: dict) -> None:
     "Write settings as YAML, the form in which papermill and `read_params` take them."
     with whole(path) as part: part.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #294915e8
+# %% ../nbs/00_core.ipynb #a98cfdd0
+@functools.cache
+def code() -> dict: # commit ("" where git or the repository is missing), and whether bas_repro/ had uncommitted changes
+    "Which code this process runs, as it was at the first call."
+    def git(*args):
+        try: return subprocess.run(("git", *args), cwd=root(), capture_output=True, text=True).stdout.strip()
+        except OSError: return ""
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--", "bas_repro"))}
+
+# %% ../nbs/00_core.ipynb #cb341724
 def environment(
     device: str|torch.device = "cpu", # where the run computed
 ) -> dict:
     "The commit, versions, machine and threads of this process."
-    git = lambda *args: subprocess.run(("git", *args), cwd=root(), capture_output=True, text=True).stdout.strip()
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if sys.platform == "linux" else ""
-    return {"commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--", "bas_repro")),
-            "python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
+    return {**code(), "python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
             "machine": cpu or platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"}
 

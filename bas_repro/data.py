@@ -113,8 +113,8 @@ def find_tree(
 
 # %% ../nbs/03_data.ipynb #9e774459
 def cifar10(root: Path, size: int) -> tuple[Images, Images, tuple]: # training images, test images, classes
-    "A tree `cifar10/{train,test}/<class>/*` under `root`; else torchvision's CIFAR-10, which is downloaded if need be."
-    if any((place/"test").is_dir() for place in (root/"cifar10", root)):
+    "torchvision's CIFAR-10 if it is under `root`; else a tree `cifar10/{train,test}/<class>/*`; else it is downloaded."
+    if not (root/"cifar-10-batches-py").is_dir() and any((place/"test").is_dir() for place in (root/"cifar10", root)):
         tree = find_tree(root, ("cifar10",), "test")
         (train, classes), (test, _) = (read_tree(tree/part, size) for part in ("train", "test"))
         return train, test, classes

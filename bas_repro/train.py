@@ -23,6 +23,8 @@ from tqdm import tqdm
 from . import core, data, gates, macs, resnet
 from .batch_shaping import batch_shaping_loss
 
+core.code() # note the commit now that the code is loaded
+
 # %% ../nbs/03a_train.ipynb #96cb35d1
 @dataclass(frozen=True)
 class Config:
