@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'root', 'stream', 'generator', 'unwatched', 'fits', 'strict', 'given', 'read_params', 'whole', 'write_json',
-           'read_json', 'write_params', 'code', 'environment', 'save_figure', 'readme']
+           'read_json', 'write_state', 'read_state', 'write_params', 'code', 'environment', 'save_figure', 'readme']
 
-# %% ../nbs/00_core.ipynb #fb3502c0
-import dataclasses, difflib, functools, hashlib, importlib.metadata, json, os, platform, subprocess, sys, typing
+# %% ../nbs/00_core.ipynb #c16370ec
+import dataclasses, difflib, functools, hashlib, importlib.metadata, io, json, os, pickle, platform, subprocess, sys, typing
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,6 +128,24 @@ def read_json(path: str|Path) -> dict:
     except ValueError as error: raise ValueError(f"{path} is not a whole record ({error}): remove it, and the run is made again") from None
     if not isinstance(record, dict): raise ValueError(f"{path} is not a record but a {type(record).__name__}: remove it, and the run is made again")
     return record
+
+# %% ../nbs/00_core.ipynb #dfc40c11
+def write_state(path: str|Path, state: dict) -> None:
+    "Write tensors and plain values to `path`, whole or not at all."
+    torch.save(state, buffer := io.BytesIO())
+    with whole(path) as part: part.write_bytes(buffer.getbuffer())
+
+# %% ../nbs/00_core.ipynb #34a86df0
+def read_state(
+    path: str|Path, # made by write_state or torch.save
+    what: str = "a whole checkpoint", # what it should be, for the error
+    remedy: str = "remove it, and the run starts anew",
+): # what was stored, its tensors on the CPU
+    "Read tensors and plain values. `ValueError` in one line if the file is damaged or holds anything else."
+    try: return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:60]
+        raise ValueError(f"{path} is not {what} ({reason}): {remedy}") from None
 
 # %% ../nbs/00_core.ipynb #631da0f3
 def write_params(path: str|Path, settings: dict) -> None:
