@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LayerCost', 'pair_macs', 'gate_costs', 'dense_macs', 'open_channels', 'layer_macs', 'image_macs_of', 'evaluating',
-           'gates_of', 'image_macs', 'ledger']
+           'gates_of', 'image_macs', 'budget_loss', 'ledger']
 
 # %% ../nbs/02c_macs.ipynb #160c5479
 import copy
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .gates import Gate, GlobalPool
+from .gates import Gate, GlobalPool, straight_through
 from .resnet import gated_layers
 
 # %% ../nbs/02c_macs.ipynb #edf254bc
@@ -94,17 +94,17 @@ def open_channels(
     gate: Gate | None,  # values (N, C), or (N, 1) if one value closes the whole layer; None: always open
     channels: int,  # C
     groups: int,  # of the layer
-) -> torch.Tensor | int:  # int64 (N, groups): open channels of each group; one number without a gate
+) -> torch.Tensor | int:  # (N, groups), the gate's dtype: open channels of each group; one number without a gate
     "How many channels each image opens."
     if gate is None:
         return channels // groups
-    return gate.value.detach().expand(-1, channels).unflatten(1, (groups, -1)).sum(2).long()
+    return gate.value.expand(-1, channels).unflatten(1, (groups, -1)).sum(2)
 
 # %% ../nbs/02c_macs.ipynb #e46ce73e
 def layer_macs(
     cost: LayerCost,  # one layer
     gates: list[Gate],  # all gates of the network for N images
-) -> torch.Tensor | int:  # int64 (N,); one number for a layer without gates
+) -> torch.Tensor | int:  # (N,), the gates' dtype; one number for a layer without gates
     "(open inputs) · (open outputs) · k² · H · W of each image: never a product of means over the batch."
     if cost.in_gate is None and cost.out_gate is None:
         return cost.dense
@@ -119,9 +119,10 @@ def image_macs_of(
     n: int,  # number of images (a plain network has no gates to tell)
 ) -> torch.Tensor:  # int64 (n,): multiply-accumulates of each image, on the gates' device
     "The cost of each image from gates that are at hand."
+    whole = [Gate(gate.logits, gate.value.detach().long()) for gate in gates]
     total = torch.zeros(n, dtype=torch.int64, device=gates[0].value.device if gates else None)
     for cost in costs:
-        total += layer_macs(cost, gates)
+        total += layer_macs(cost, whole)
     return total
 
 # %% ../nbs/02c_macs.ipynb #fa47f422
@@ -157,6 +158,20 @@ def image_macs(
 ) -> torch.Tensor:  # int64 (N,): multiply-accumulates of each image
     "The exact cost of each image; its mean over a data set is Table 1's 'Average per example usage'."
     return image_macs_of(gate_costs(model, x.shape), gates_of(model, x), len(x))
+
+# %% ../nbs/02c_macs.ipynb #54bfeb6f
+def budget_loss(
+    costs: list[LayerCost],  # the network's layers, made once by gate_costs(model, input_size)
+    gates: list[Gate],  # what the network gave for N images; not empty
+    target: float,  # wanted mean MACs of an image, as a share of `dense`, above 0 to 1
+    dense: int,  # MACs that count as 1: usually the plain network's
+) -> torch.Tensor:  # scalar: (share - target)², with a gradient to the gates' logits
+    "How far a batch is from a budget of MACs."
+    if not 0 < target <= 1:
+        raise ValueError(f"target={target}: a budget is a share of the dense MACs, above 0 and at most 1")
+    sure = [Gate(g.logits, straight_through(g.logits, torch.zeros_like(g.logits), 1.0)) for g in gates]
+    share = sum(torch.as_tensor(layer_macs(cost, sure)).float().mean() / dense for cost in costs)
+    return (share - target) ** 2
 
 # %% ../nbs/02c_macs.ipynb #caccac71
 def ledger(
