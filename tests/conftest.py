@@ -1,4 +1,4 @@
-"""Counts that the tests report (kills survived, bad calls answered, …), summed over pytest's workers and printed at the end."""
+"""Counts that the tests report (kills survived, bad calls answered, …), summed over pytest's workers and printed at the end, and what else they found."""
 from collections import Counter
 
 import pytest
@@ -11,9 +11,16 @@ def count(record_property):
     return one
 
 
+@pytest.fixture
+def tell(record_property):
+    "tell(line): print a line at the end."
+    return lambda line: record_property("tell", line)
+
+
 def pytest_terminal_summary(terminalreporter):
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, []) if getattr(r, "when", "") == "call"]
     counted = Counter(tuple(value) for r in reports for name, value in r.user_properties if name == "count")
     for what in dict.fromkeys(what for what, _ in counted):
         good, bad = counted[what, True], counted[what, False]
         terminalreporter.write_line(f"{what}: {good} of {good + bad}")
+    for line in (value for r in reports for name, value in r.user_properties if name == "tell"): terminalreporter.write_line(line)

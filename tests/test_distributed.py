@@ -20,8 +20,8 @@ from torch.testing import assert_close
 from bas_repro import core, data, resnet, train
 
 ROOT = Path(__file__).parents[1]
-BAS = train.Config(epochs=2, batch_size=128, image_size=8, lr=0.02, reference_steps=0, lam_until=400, gamma_from=0, device="cpu", compile="no")
-RUNS = [BAS, dataclasses.replace(BAS, target_macs=0.3), dataclasses.replace(BAS, method="aig", target=0.5)]  # losses that are no means over images
+BAS = train.Config(epochs=5, batch_size=128, image_size=8, lr=0.02, reference_steps=0, lam_until=400, gamma_from=0, device="cpu", compile="no")
+RUNS = [BAS, *(dataclasses.replace(BAS, epochs=2, **own) for own in ({"target_macs": 0.3}, {"method": "aig", "target": 0.5}))]  # the last two with losses that are no means over images
 COMMAND = {"epochs": 4, "batch_size": 512, "image_size": 4}
 
 
@@ -60,12 +60,15 @@ def together(tmp_path_factory):
 
 
 @pytest.mark.parametrize("run", range(3), ids=["bas", "budget", "aig"])
-def test_the_loss_curve_is_that_of_one_process(together, run):
+def test_the_loss_curve_is_that_of_one_process(together, tell, run):
     losses, state = curve(RUNS[run])
-    assert len(losses) == 22 and losses[0, 0] > losses[-1, 0] and losses[:, :3].abs().sum(0).count_nonzero() >= 2
+    assert len(losses) == 11 * RUNS[run].epochs and losses[0, 0] > losses[-1, 0] and losses[:, :3].abs().sum(0).count_nonzero() >= 2
     for theirs, weights in (rank[run] for rank in together):
         assert_close(theirs[:, :3], losses[:, :3], rtol=1e-4, atol=1e-4)
         assert_close(weights, state, rtol=1e-3, atol=1e-3)
+    furthest = lambda pairs: max((a - b).abs().max().item() for a, b in pairs)
+    off = furthest((rank[run][0][:, :3], losses[:, :3]) for rank in together), furthest((rank[run][1][k], v) for rank in together for k, v in state.items())
+    tell(f"two processes against one, {RUNS[run].method}, {len(losses)} steps: float32 losses differ by {off[0]:.0e}, float64 weights by {off[1]:.0e} at most")
 
 
 def torchrun(folder, **options):

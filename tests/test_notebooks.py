@@ -52,3 +52,12 @@ def test_the_front_page_is_fresh(checkout):
     assert ran.returncode == 0, ran.stderr
     printed = lambda path: ["".join(o.get("text", "")) for cell in json.loads(path.read_text())["cells"] for o in cell.get("outputs", []) if o.get("name") == "stdout"]
     assert printed(checkout / "x.ipynb") == printed(ROOT / "nbs" / "index.ipynb")
+
+
+def test_the_page_of_claims_is_fresh(checkout, tell):
+    "Every claim's numbers and verdict are what the records say now."
+    ran = papermill(checkout, "09_claims")
+    assert ran.returncode == 0, ran.stderr
+    ours, stored = (pd.read_csv(root / "outputs" / "09_claims" / "all" / "claims.csv") for root in (checkout, ROOT))
+    pd.testing.assert_frame_equal(ours, stored)
+    tell("claims: " + ", ".join(f"{n} {verdict}" for verdict, n in stored.verdict.value_counts().items()))
