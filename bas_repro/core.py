@@ -167,8 +167,9 @@ def environment(
 ) -> dict:
     "The commit, versions, machine and threads of this process."
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if sys.platform == "linux" else ""
+    cpu = f"{cpu or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}" # the widest vectors: clouds call many processors alike
     return {**code(), "python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
-            "machine": cpu or platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+            "machine": cpu, "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"}
 
 # %% ../nbs/00_core.ipynb #bd53725a

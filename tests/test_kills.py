@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bas_repro import analysis, core, gate_log, train
+from bas_repro import analysis, core, gate_log, resnet, train
 
 KILLS = {"train": 12, "sweep": 8, "figure": 8, "log": 6}  # of each kind of work
 RUN = dict(epochs=3, batch_size=64, holdout=0.8, image_size=4, compile="no")
@@ -151,3 +151,11 @@ def test_two_processes_make_the_same_run(start, undisturbed, tmp_path):
     assert [process.exitcode for process in both] == [0, 0] and whole(tmp_path)
     name = train.slug(CONFIGS[0])
     assert same(tmp_path/name, undisturbed[0]/"runs"/name)
+
+
+def test_a_compiled_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.MODELS, "resnet20", lambda classes, **options: resnet.cifar_resnet(8, classes))  # a small one: less to compile
+    config = train.Config(epochs=2, batch_size=512, image_size=4, compile="yes")
+    train.train(config, tmp_path/"straight")
+    assert train.train(config, tmp_path/"paused", pause=1) is None and train.train(config, tmp_path/"paused")
+    assert same(*(tmp_path/run/train.slug(config) for run in ("paused", "straight")))
