@@ -10,7 +10,11 @@ import pandas as pd
 import pytest
 import yaml
 
+from bas_repro import segmentation, train
+
 ROOT = Path(__file__).parents[1]
+TRAINED_BY = {"04_cifar10": train, "05_imagenet": train, "06_cityscapes": segmentation}
+PRESETS = [path.relative_to(ROOT) for notebook in TRAINED_BY for path in sorted((ROOT / "params" / notebook).rglob("*.yaml"))]
 
 
 @pytest.fixture
@@ -61,3 +65,8 @@ def test_the_page_of_claims_is_fresh(checkout, tell):
     ours, stored = (pd.read_csv(root / "outputs" / "09_claims" / "all" / "claims.csv") for root in (checkout, ROOT))
     pd.testing.assert_frame_equal(ours, stored)
     tell("claims: " + ", ".join(f"{n} {verdict}" for verdict, n in stored.verdict.value_counts().items()))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=str)
+def test_every_preset_stands_for_runs(path):
+    assert TRAINED_BY[path.parts[1]].preset(ROOT / path)[0]
