@@ -404,7 +404,7 @@ def extreme_plot(
             show(ax, data.middle(images.x[[i]], log.size), 1)
             name, said = (str(log.classes[log[column][i]])[:12] for column in ("label", "prediction"))
             ax.set_title(f"{log['macs'][i] / scale:#.3g}", fontsize=9, pad=2)
-            ax.set_xlabel(name if name == said else f"{name}, said {said}", fontsize=8, color="k" if name == said else "#b30000")
+            ax.set_xlabel(name if name == said else f"{name}\nsaid {said}", fontsize=8, color="k" if name == said else "#b30000")
         axes[row, 0].set_ylabel(kind, fontsize=9)
     fig.suptitle(f"MACs of an image ({sign}; mean {log['macs'].mean() / scale:.3g}, all gates open {log.dense / scale:.3g}); {describe(log)}", fontsize=9)
     plt.close(fig)
