@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as collectives
 import torch.nn.functional as F
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from torch import nn
 from torchvision.models import get_model
@@ -683,6 +684,8 @@ def together(
         except BrokenProcessPool:
             if not left: raise
             print(f"a worker died; the runs go on from their checkpoints ({left} more times at most)", file=sys.stderr)
+        finally:
+            if jobs != 1: get_reusable_executor().shutdown() # idle workers live on for five minutes, and a process that is a child itself waits for them
 
 # %% ../nbs/03a_train.ipynb #0212b3d2
 def sweep(
