@@ -13,7 +13,6 @@ import argparse, dataclasses, functools, hashlib, itertools, json, math, sys, ti
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -407,7 +406,7 @@ def sweep(
 ) -> list[dict]: # their records, in the same order
     "Train what is not complete yet. All settings are checked first."
     for config in configs: check(config)
-    records = joblib.Parallel(n_jobs=jobs)(joblib.delayed(attempt)(config, out, quiet) for config in configs)
+    records = train.together(configs, out, jobs, quiet, attempt)
     failed = [(config, error) for config, error in zip(configs, records) if isinstance(error, Exception)]
     if failed: raise type(failed[0][1])(f"{len(failed)} of {len(configs)} runs failed, the others are complete; {slug(failed[0][0])}: {failed[0][1]}")
     return records

@@ -676,11 +676,12 @@ def together(
     out: str|Path|None, # folder of runs
     jobs: int|None, # runs at a time; None: as joblib.parallel_config says
     quiet: bool,
+    one: Callable = attempt, # trains a run: (config, out, quiet) → its record, or the error that ended it
     lives: int = 4, # worker deaths that end the sweep
 ) -> list[dict|Exception]:
     "Train runs through joblib, again after the death of a worker."
     for left in reversed(range(lives)):
-        try: return joblib.Parallel(n_jobs=jobs)(joblib.delayed(attempt)(config, out, quiet) for config in configs)
+        try: return joblib.Parallel(n_jobs=jobs)(joblib.delayed(one)(config, out, quiet) for config in configs)
         except BrokenProcessPool:
             if not left: raise
             print(f"a worker died; the runs go on from their checkpoints ({left} more times at most)", file=sys.stderr)
