@@ -9,7 +9,7 @@ __all__ = ['PAPER', 'Config', 'canonical', 'check', 'is_file', 'grid', 'identity
            'verdict']
 
 # %% ../nbs/03f_segmentation.ipynb #0faa4059
-import argparse, dataclasses, functools, hashlib, itertools, json, math, sys, time, typing
+import argparse, dataclasses, functools, hashlib, itertools, json, math, signal, sys, time, typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -475,4 +475,5 @@ def verdict(
 # %% ../nbs/03f_segmentation.ipynb #b053e3fd
 if __name__ == "__main__" and "__file__" in globals(): # as a script; a notebook is __main__ too
     from bas_repro.segmentation import main # by the module's name, under which the workers of a sweep find it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) # an end by way of together(): no worker trains on alone
     main()

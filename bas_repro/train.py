@@ -12,7 +12,7 @@ __all__ = ['METHODS', 'MODELS', 'CIFAR_MODELS', 'USES', 'BUDGET', 'SAVE_EVERY', 
            'preset', 'presets', 'backend', 'main']
 
 # %% ../nbs/03a_train.ipynb #f4c984af
-import argparse, contextlib, dataclasses, datetime, functools, hashlib, itertools, json, math, os, sys, threading, time, typing
+import argparse, contextlib, dataclasses, datetime, functools, hashlib, itertools, json, math, os, signal, sys, threading, time, typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -765,4 +765,5 @@ def main(
 # %% ../nbs/03a_train.ipynb #a3340349
 if __name__ == "__main__" and "__file__" in globals(): # as a script; a notebook is __main__ too
     from bas_repro.train import main # by the module's name, under which the workers of a sweep find it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) # an end by way of together(): no worker trains on alone
     main()

@@ -58,6 +58,17 @@ def test_a_killed_worker_of_the_pool(checkout, undisturbed):
     assert same(checkout / "outputs" / "study", undisturbed)
 
 
+def test_a_terminated_sweep_leaves_no_worker_behind(checkout):
+    command = [sys.executable, "-m", "bas_repro.train", "params/study/both/a.yaml", "--jobs", "2"]
+    sweep = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_epochs(checkout / "outputs" / "study", rows=0)
+    workers = subprocess.run(["pgrep", "-P", str(sweep.pid), "-f", "popen_loky"], capture_output=True, text=True).stdout.split()
+    sweep.terminate()
+    sweep.communicate()
+    assert sweep.returncode == 128 + signal.SIGTERM and len(workers) == 2
+    assert not any(Path("/proc", worker).exists() for worker in workers)
+
+
 def test_a_killed_worker_of_a_dask_cluster(checkout, undisturbed, monkeypatch, capfd):
     distributed = pytest.importorskip("distributed")
     monkeypatch.setenv("BAS_SAVE_EVERY", "0")
