@@ -209,7 +209,8 @@ def kind_table(
 def describe(log: GateLog) -> str:
     "Data set, images, schedule and seeds of a log, for a title."
     s = log.settings
-    run = f", {s['epochs']} epochs, seed {s['seed']}, n = 1" if "epochs" in s and "seed" in s else ""
+    warm = " from the plain weights" if s.get("start") else ""
+    run = f", {s['epochs']} epochs{warm}, seed {s['seed']}, n = 1" if "epochs" in s and "seed" in s else ""
     return f"{s.get('dataset', 'unnamed data')}, {len(log):,} {s.get('split', '')} images".replace("  ", " ") + run
 
 # %% ../nbs/03d_gate_log.ipynb #fac1a300

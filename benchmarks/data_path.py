@@ -5,20 +5,23 @@
 Plain is what torchvision's training recipe does: ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize, in a DataLoader.
 Ours decodes at reduced scale where the crop allows, resamples the part alone, and leaves bytes, which are normalised on the training
 device: it is timed without that, as beside a GPU, and with `normalise` on the CPU. `--enlarge S` first re-encodes the files with a shorter side of S pixels, the size of
-ImageNet's own (most are 500×375), for a tree of small ones. They run in turn; each number is the best of `--rounds`.
+ImageNet's own (most are 500×375), for a tree of small ones. They run in turn; each number is the median of `--rounds`. `--out FILE.csv`
+adds the numbers to a table.
 """
 import argparse
 import dataclasses
+import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
-from bas_repro import data
+from bas_repro import core, data
 
 
 def enlarged(folder: Path, n: int, size: int) -> tempfile.TemporaryDirectory:
@@ -67,16 +70,22 @@ def main():
     parser.add_argument("--enlarge", type=int, default=0, help="shorter side of the files; 0: as they are")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--images", type=int, default=1500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="a CSV file that the numbers are added to")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tree = enlarged(options.folder, 100, options.enlarge) if options.enlarge else None
+    tree, made = enlarged(options.folder, 100, options.enlarge) if options.enlarge else None, core.environment("cpu")
     for size in options.size:
         arguments = (Path(tree.name) if tree else options.folder, size, options.workers, 64, options.images)
         rounds = [[speed(loader, *arguments) for loader in (plain, ours, normalised)] for _ in range(options.rounds)]
-        a, b, c = map(max, zip(*rounds))
-        print(f"{size} pixels, files {f'of {options.enlarge * 4 // 3}×{options.enlarge}' if tree else 'as they are'}, {options.workers} workers: "
-              f"torchvision {a:.0f}, ours {b:.0f} images/s, ratio {b / a:.2f}; with normalising on the CPU {c:.0f}, {c / a:.2f}", flush=True)
+        a, b, c = map(statistics.median, zip(*rounds))
+        row = {"pixels": size, "files": f"{options.enlarge * 4 // 3}×{options.enlarge}" if tree else "as they are", "workers": options.workers,
+               "torchvision": round(a), "ours": round(b), "ratio": round(b / a, 2), "normalised on the CPU": round(c), "ratio, normalised": round(c / a, 2),
+               "rounds": options.rounds, "machine": made["machine"], "commit": made["commit"]}
+        print(", ".join(f"{name}: {value}" for name, value in row.items()), flush=True)
+        if options.out:
+            before = pd.read_csv(options.out) if options.out.exists() else pd.DataFrame()
+            with core.whole(options.out) as file: pd.concat([before, pd.DataFrame([row])]).to_csv(file, index=False)
 
 
 if __name__ == "__main__":
