@@ -403,11 +403,11 @@ def extreme_plot(
     for row, (numbers, kind) in enumerate(zip(extremes(log, n), ("cheapest", "most expensive"))):
         for ax, i in zip(axes[row], numbers):
             show(ax, data.middle(images.x[[i]], log.size), 1)
-            name, said = (str(log.classes[log[column][i]])[:12] for column in ("label", "prediction"))
-            ax.set_title(f"{log['macs'][i] / scale:#.3g}", fontsize=9, pad=2)
-            ax.set_xlabel(name if name == said else f"{name}\nsaid {said}", fontsize=8, color="k" if name == said else "#b30000")
+            name, said = (str(log.classes[log[column][i]])[:16] for column in ("label", "prediction"))
+            ax.set_title(f"{log['macs'][i] / scale:#.3g}".rstrip("."), fontsize=9, pad=2)
+            ax.set_xlabel(name if name == said else f"{name}\nsaid {said}", fontsize=7, color="k" if name == said else "#b30000")
         axes[row, 0].set_ylabel(kind, fontsize=9)
-    fig.suptitle(f"MACs of an image ({sign}; mean {log['macs'].mean() / scale:.3g}, all gates open {log.dense / scale:.3g}); {describe(log)}", fontsize=9)
+    fig.suptitle(f"MACs of an image ({sign}; mean {log['macs'].mean() / scale:.3g}, all gates open {log.dense / scale:.3g})\n{describe(log)}", fontsize=9)
     plt.close(fig)
     return fig
 
@@ -447,13 +447,12 @@ def difficulty_plot(log: GateLog): # a matplotlib figure
     for ax, by, unit in zip(axes, ("margin", "entropy"), ("between the first two logits", "(nats)")):
         for right, marker, colour in ((True, ".", "#6baed6"), (False, "x", "#b30000")):
             part = some[some.right == right]
-            ax.plot(part[by].clip(lower=1e-6), part.macs / scale, marker, color=colour, ms=4, alpha=0.6, label=f"{'right' if right else 'wrong'} ({(table.right == right).sum():,})")
+            ax.plot(part[by], part.macs / scale, marker, color=colour, ms=4, alpha=0.6, label=f"{'right' if right else 'wrong'} ({(table.right == right).sum():,})")
         tenths = table.groupby(pd.qcut(table[by].rank(method="first"), 10), observed=True)
-        ax.plot(tenths[by].median().clip(lower=1e-6), tenths.macs.mean() / scale, "k-o", ms=4, lw=1.5, label="means of ten equal groups")
+        ax.plot(tenths[by].median(), tenths.macs.mean() / scale, "k-o", ms=4, lw=1.5, label="means of ten equal groups")
         gap = difficulty_gap(log, by)
         ax.set_title(f"hardest tenth − easiest tenth: {gap['difference'] / scale:+.3g} ({sign} MACs)\n95% interval {gap['low'] / scale:.3g} to {gap['high'] / scale:.3g}, {gap['n']} images each", fontsize=8.5)
         ax.set_xlabel(f"{by} {unit}")
-        if by == "entropy": ax.set_xscale("log")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(f"MACs of an image ({sign})")
     fig.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center", fontsize=8, frameon=False)
