@@ -32,7 +32,14 @@ def papermill(checkout, notebook, *arguments):
     return subprocess.run(command, cwd=checkout, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.parametrize("notebook, figure", [("05_imagenet", "fig3b")])  # .ci/run does the same with 04_cifar10
+def shown(path):
+    "The values that a notebook shows from where it says what was measured."
+    cells = json.loads(path.read_text())["cells"]
+    start = next(i for i, cell in enumerate(cells) if "what was measured" in "".join(cell["source"]))
+    return ["".join(o["data"]["text/plain"]) for cell in cells[start:] for o in cell.get("outputs", []) if "text/plain" in o.get("data", {})]
+
+
+@pytest.mark.parametrize("notebook, figure", [("04_cifar10", "fig3a"), ("05_imagenet", "fig3b")])
 def test_a_parameter_shows_in_the_result(checkout, notebook, figure):
     done = papermill(checkout, notebook, "-f", f"params/{notebook}/smoke.yaml", "-p", "gamma", "0.2", "-p", "run", "mine")
     assert done.returncode == 0, done.stderr
@@ -40,6 +47,7 @@ def test_a_parameter_shows_in_the_result(checkout, notebook, figure):
     assert pd.read_csv(folder / f"{figure}.csv").set_index("method").gamma["bas"] == 0.2
     assert yaml.safe_load((folder / "params.yaml").read_text())["gamma"] == 0.2
     assert (folder / f"{figure}.png").stat().st_size > 5000
+    assert shown(checkout / "x.ipynb") == shown(ROOT / "nbs" / f"{notebook}.ipynb")  # the stored results are what the records say now
 
 
 @pytest.mark.parametrize("name, value, says", [("gama", "0.1", "unknown parameter 'gama': did you mean 'gamma'?")])
