@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'PAPER', 'SEGMENTATION', 'POINT', 'LOOK', 'NAMES', 'SIGNS', 'SHOWN', 'records', 'complete', 'points',
-           'curve_name', 'setting', 'summary', 'unit', 'tradeoff', 'describe', 'compare', 'verdict', 'logs', 'curves',
-           'gamma_plot', 'fate_plot']
+           'net_name', 'warm_name', 'look_of', 'curve_name', 'setting', 'summary', 'unit', 'tradeoff', 'describe',
+           'compare', 'verdict', 'logs', 'curves', 'gamma_plot', 'fate_plot']
 
 # %% ../nbs/03c_analysis.ipynb #22896fbf
 import dataclasses
@@ -86,11 +86,26 @@ NAMES = {"plain": "plain", "bas": "BAS", "l0": "L0 only", "shaping": "batch-shap
          "sgad": "SGAD-style", "fbs": "FBS"}
 SIGNS = {"gamma": "γ", "lam": "λ", "target_macs": "MACs", "target": "t", "alpha": "α"} # of the setting that a method's points differ in
 
+# %% ../nbs/03c_analysis.ipynb #c5b1a001
+def net_name(model: str, width: int) -> str:
+    "What a network is called in a legend."
+    return model.replace("resnet", "ResNet-") + (f" ×{width}" if width > 1 else "")
+
+# %% ../nbs/03c_analysis.ipynb #c5b1a002
+def warm_name(start: str) -> str:
+    "What is added to a method's name for a start from trained weights."
+    return ", from the plain weights" if start else ""
+
+# %% ../nbs/03c_analysis.ipynb #c5b1a003
+def look_of(method: str, start: str) -> dict: # for a matplotlib line
+    "Marker and line of a method; hollow for a start from trained weights."
+    marker, line = LOOK[method]
+    return {"marker": marker, "linestyle": line, "markersize": 12 if method == "plain" else 7, "fillstyle": "none" if start else "full"}
+
 # %% ../nbs/03c_analysis.ipynb #3d298855
 def curve_name(point) -> str: # a row of points(), or anything with its model, width, method and start
-    "What a method on a network is called in a legend."
-    wide, warm = f" ×{point.width}" if point.width > 1 else "", ", from the plain weights" if point.start else ""
-    return f"{point.model.replace('resnet', 'ResNet-')}{wide} {NAMES[point.method]}{warm}"
+    "What a method on a network is called."
+    return f"{net_name(point.model, point.width)} {NAMES[point.method]}{warm_name(point.start)}"
 
 # %% ../nbs/03c_analysis.ipynb #39dcf846
 def setting(point) -> str: # a row of points()
@@ -120,24 +135,28 @@ def tradeoff(
     title: str, # what was measured: data set, schedule, n
     paper: pd.DataFrame|None = None, # the paper's points to show: columns label, macs, accuracy
 ): # a matplotlib figure
-    "Figures 3 and 8: top-1 accuracy on the test images against the mean MACs of an image."
-    fig, ax = plt.subplots(figsize=(6.4, 4))
+    "Figures 3 and 8: top-1 accuracy on the test images against the mean MACs of an image. A colour a network, a marker a method; each point's setting where there is room."
+    fig, ax = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
     scale, sign = unit(table.macs_dense.max())
-    nets = {net: color for net, color in zip(dict.fromkeys(zip(table.model, table.width)), sns.color_palette("colorblind"))}
-    for (model, width, method, _), group in table.groupby(["model", "width", "method", "start"], sort=False):
-        marker, line = LOOK[method]
-        group = group.sort_values("macs")
-        ax.errorbar(group.macs / scale, group.test_accuracy * 100, group.accuracy_std.where(group.n >= 3) * 100, group.macs_std.where(group.n >= 3) / scale,
-                    marker=marker, linestyle=line, color=nets[model, width], markersize=12 if method == "plain" else 7, capsize=3, label=curve_name(group.iloc[0]))
-        for point in group.itertuples():
+    nets = dict(zip(sorted(set(zip(table.model, table.width))), sns.color_palette("colorblind")))
+    for (model, width, method, start), group in table.groupby(["model", "width", "method", "start"], sort=False):
+        group, look = group.sort_values("macs"), look_of(method, start)
+        x, y, sure = group.macs / scale, group.test_accuracy * 100, group.n >= 3
+        ax.errorbar(x, y, group.accuracy_std.where(sure) * 100, group.macs_std.where(sure) / scale, fmt="none", color=nets[model, width], capsize=3)
+        ax.plot(x, y, color=nets[model, width], **look)
+        for point in group.itertuples() if len(table) <= 16 else ():
             ax.annotate(setting(point), (point.macs / scale, point.test_accuracy * 100), (6, 5), textcoords="offset points", fontsize=7)
     if paper is not None: ax.plot(paper.macs / scale, paper.accuracy * 100, "D", color="0.5", fillstyle="none", label="the paper (ImageNet)")
-    ax.set(xlabel=f"mean MACs per test image ({sign})", ylabel="top-1 accuracy on the test images (%)", title=title)
+    for net, color in nets.items(): ax.plot([], [], lw=6, color=color, label=net_name(*net))
+    for method, start in dict.fromkeys(zip(table.method, table.start)): ax.plot([], [], color="0.3", label=NAMES[method] + warm_name(start), **look_of(method, start))
+    ax.set(xlabel=f"mean MACs per test image ({sign})", ylabel="top-1 accuracy on the test images (%)")
+    ax.set_title(title, fontsize=9)
     ax.set_xlim(0, max(ax.get_xlim()[1], 1.05 * table.macs_dense.max() / scale))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7)
+    fig.legend(fontsize=8, loc="outside right upper", frameon=False)
     plt.close(fig)
     return fig
+
 
 # %% ../nbs/03c_analysis.ipynb #4df0f136
 def describe(
@@ -191,17 +210,24 @@ def curves(
     table: pd.DataFrame, # from logs()
     title: str,
 ): # a matplotlib figure
-    "Accuracy on held-out images (without them: on training batches, with the gates' noise) and the share of open gates over the steps."
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    table = table.assign(run=[f"{curve_name(row)} {setting(row)}" for row in table.itertuples()])
+    "Accuracy on held-out images (without them: on training batches, with the gates' noise) and the share of open gates over the steps. More than nine settings are told apart by method and network alone."
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    table = table.assign(run=[f"{curve_name(row)} {setting(row)}" for row in table.itertuples()], network=[net_name(row.model, row.width) for row in table.itertuples()],
+                         named=[NAMES[row.method] + warm_name(row.start) for row in table.itertuples()])
+    look = {"hue": "run", "style": "run", "errorbar": "sd"}
+    if table.run.nunique() > 9: table, look = table.assign(one=table.run + table.seed.astype(str)), {"hue": "named", "style": "network", "units": "one", "estimator": None}
     accuracy = ("val_accuracy", "accuracy on held-out images (%)") if table.val_accuracy.notna().all() else ("train_accuracy", "accuracy on training batches (%)")
     for ax, (column, label) in zip(axes, (accuracy, ("open", "open gates in training (%)"))):
-        drawn = table if column != "open" else table[table.method != "plain"]
-        sns.lineplot(drawn.assign(value=drawn[column] * 100), x="step", y="value", hue="run", style="run", ax=ax, errorbar="sd")
-        ax.set(xlabel="step", ylabel=label, ylim=(0, 100)); ax.grid(alpha=0.3); ax.legend(fontsize=7)
-    fig.suptitle(title); fig.tight_layout()
+        drawn = table.assign(value=(table[column] * 100).where((column != "open") | (table.method != "plain"))) # a plain network has no gates
+        sns.lineplot(drawn, x="step", y="value", ax=ax, legend=ax is axes[0] and "full", **look)
+        ax.set(xlabel="step", ylabel=label, ylim=(0, 100)); ax.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].get_legend().remove()
+    fig.legend(*zip(*[(h, l) for h, l in zip(handles, labels) if l not in ("named", "network")]), fontsize=7, loc="outside right upper", frameon=False)
+    fig.suptitle(title, fontsize=9)
     plt.close(fig)
     return fig
+
 
 # %% ../nbs/03c_analysis.ipynb #b3978503
 def gamma_plot(
