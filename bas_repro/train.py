@@ -55,6 +55,7 @@ class Config:
     alpha: float = 0.1 # SkipNet's reward for skipping all blocks; 0: supervised training alone
     skip_gate: str = "recurrent" # SkipNet's gate: recurrent or feedforward
     start: str = "" # "": from scratch; "plain": from the weights of the plain run with the same settings
+    gate_bias: float = 0.0 # start of the gates' last bias, in logits; 0: half of the gates open
     weights: str = "" # torchvision's published weights to start from, such as IMAGENET1K_V1 (imagenet's networks); "": none
     seed: int = 0 # 0 or more
     epochs: int = 20 # passes over the training images
@@ -91,7 +92,7 @@ MODELS = {name: getattr(resnet, name) for name in
 CIFAR_MODELS = tuple(MODELS)[:6]
 
 # %% ../nbs/03a_train.ipynb #510d0e75
-USES = {"plain": (), "bas": ("gamma", "lam", "target_macs", "start"), "l0": ("gamma", "target_macs", "start"), "shaping": ("lam", "start"),
+USES = {"plain": (), "bas": ("gamma", "lam", "target_macs", "start", "gate_bias"), "l0": ("gamma", "target_macs", "start", "gate_bias"), "shaping": ("lam", "start", "gate_bias"),
         "aig": ("target", "start"), "sgad": ("gamma", "start"), "fbs": ("target", "start"), "skipnet": ("alpha", "skip_gate", "start")}
 
 def canonical(config: Config) -> Config:
@@ -114,6 +115,7 @@ def check(config: Config) -> None:
     for name, low in least.items():
         value = getattr(config, name)
         if not (value >= low and math.isfinite(value)): raise ValueError(f"{name}={value}: must be {low} or more")
+    if not math.isfinite(config.gate_bias): raise ValueError(f"gate_bias={config.gate_bias}: must be a finite number")
     if not 0 <= config.holdout < 1: raise ValueError(f"holdout={config.holdout}: must be from 0 to below 1")
     for name in ("target", "target_macs"):
         if not 0 <= getattr(config, name) <= 1: raise ValueError(f"{name}={getattr(config, name)}: a share is from 0 to 1")
@@ -142,7 +144,7 @@ def grid(
 def identity(config: Config) -> dict: # name → value
     "The settings that decide a run's numbers."
     same = {float: float, tuple: lambda values: [float(v) for v in values]} # 100 and 100.0 are one value
-    kinds, optional = typing.get_type_hints(Config), ("target_macs", "target", "alpha", "skip_gate", "start", "weights", "stream")
+    kinds, optional = typing.get_type_hints(Config), ("target_macs", "target", "alpha", "skip_gate", "start", "weights", "stream", "gate_bias")
     return {name: same.get(kinds[name], lambda v: v)(value) for name, value in dataclasses.asdict(canonical(config)).items()
             if name not in ("data_root", "device", "compile", "workers") and (value or name not in optional)}
 
@@ -399,7 +401,7 @@ def convert(net: nn.Module, config: Config) -> nn.Module:
     if config.method == "sgad": return baselines.sgad(net)
     if config.method == "fbs": return baselines.fbs(net, config.target, rescale=not (config.start or config.weights), trained=bool(config.start or config.weights))
     if config.method == "skipnet": return baselines.skipnet(net, config.skip_gate)
-    return resnet.gate(net, bottleneck=config.bottleneck)
+    return resnet.gate(net, bottleneck=config.bottleneck, gate_bias=config.gate_bias)
 
 # %% ../nbs/03a_train.ipynb #47b0da1c
 def build(

@@ -118,6 +118,7 @@ CALLS = {
     "model": (lambda: settings(model="resnet21"), ValueError, "'resnet21'"),
     "γ below 0": (lambda: settings(gamma=-0.1), ValueError, "gamma=-0.1"),
     "γ that is no number": (lambda: settings(gamma=float("nan")), ValueError, "gamma=nan"),
+    "start of the gates that is no number": (lambda: settings(gate_bias=float("inf")), ValueError, "gate_bias=inf"),
     "infinite λ": (lambda: settings(lam=float("inf")), ValueError, "lam=inf"),
     "learning rate": (lambda: settings(lr=-1.0), ValueError, "lr=-1.0"),
     "no epochs": (lambda: settings(epochs=0), ValueError, "epochs=0"),
