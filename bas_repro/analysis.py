@@ -68,7 +68,7 @@ def complete(
     return [config for config in configs if train.finished(Path(out)/train.slug(config), config)]
 
 # %% ../nbs/03c_analysis.ipynb #1cc04123
-POINT = ["dataset", "model", "width", "method", "gamma", "lam", "target_macs", "target", "alpha", "skip_gate", "start", "epochs", "steps"]
+POINT = [field.name for field in dataclasses.fields(train.Config) if field.name not in ("seed", *train.MACHINE)] + ["steps"]
 
 # %% ../nbs/03c_analysis.ipynb #ed8f4319
 def points(
