@@ -166,7 +166,7 @@ def describe(
     "What a figure was made from: data set, size of the test set, schedule, seeds."
     first, counts = table.iloc[0], sorted(set(table.n))
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    schedules = " or ".join(f"{row.epochs} epochs ({row.steps:,} steps)" for row in table[["epochs", "steps"]].drop_duplicates().itertuples())
+    schedules = " or ".join(f"{row.epochs} epoch{'s' * (row.epochs > 1)} ({row.steps:,} steps)" for row in table[["epochs", "steps"]].drop_duplicates().itertuples())
     return f"{dataset or first.dataset}, {first.test_images:,} test images; {schedules}, {n}"
 
 # %% ../nbs/03c_analysis.ipynb #849060e3
