@@ -120,6 +120,8 @@ def check(config: Config) -> None:
     for name in ("target", "target_macs"):
         if not 0 <= getattr(config, name) <= 1: raise ValueError(f"{name}={getattr(config, name)}: a share is from 0 to 1")
     if config.method in ("aig", "fbs") and not 0 < config.target < 1: raise ValueError(f"target={config.target}: {config.method} needs a share between 0 and 1")
+    if config.method == "fbs" and density_at(config, (1 - 1 / config.epochs) * config.calendar) > config.target:
+        raise ValueError(f"epochs={config.epochs}: fbs lowers its density between epochs, and would end above target={config.target}; give more epochs")
     if config.gamma_full < config.gamma_from: raise ValueError(f"gamma_full={config.gamma_full} is before gamma_from={config.gamma_from}: it must not be")
     if config.weights and config.model in CIFAR_MODELS: raise ValueError(f"weights={config.weights!r}: torchvision has none for {config.model}")
     if config.stream and config.dataset != "imagenet": raise ValueError(f"stream: {config.dataset} is held in memory; only imagenet can be streamed")
@@ -220,10 +222,10 @@ def prepare(
     config: Config,
     progress: float, # share of the run that is done, 0 to 1
 ) -> None:
-    "What a method changes in its network between epochs."
-    epoch = progress * config.calendar
-    if config.method == "fbs": baselines.set_density(model, density_at(config, epoch))
-    if config.method == "skipnet": baselines.sampled(model, strength(config, epoch, 1) > 0)
+    "What a method changes in its network as the run goes on: SkipNet at a step, FBS between epochs."
+    began = math.floor(progress * config.epochs + 1e-6) / config.epochs # this epoch
+    if config.method == "fbs": baselines.set_density(model, density_at(config, began * config.calendar))
+    if config.method == "skipnet": baselines.sampled(model, strength(config, progress * config.calendar, 1) > 0)
 
 # %% ../nbs/03a_train.ipynb #29409f75
 def own_loss(
@@ -350,7 +352,9 @@ def train_epoch(
     lam, gamma, sums = (torch.zeros(size, device=splits.train.device) for size in ((), (), 5))
     model.train()
     for step, (x, y) in enumerate(data.epoch_of(splits, config.batch_size, config.seed, epoch, rank, world)):
-        lr, now_lam, now_gamma = schedule(config, (epoch + step / n) / config.epochs, n * config.epochs)
+        progress = (epoch + step / n) / config.epochs
+        prepare(model, config, progress)
+        lr, now_lam, now_gamma = schedule(config, progress, n * config.epochs)
         for group in opt.param_groups: group["lr"] = lr
         parts = loss(model, data.normalise(x), y, lam.fill_(now_lam) if now_lam else None, gamma.fill_(now_gamma) if now_gamma else None, config, own)
         parts[:3].sum().backward()
@@ -598,7 +602,6 @@ def run_epochs(
     with tqdm(desc=slug(config), total=n * config.epochs, initial=len(log) * n, leave=False, disable=core.unwatched() or rank > 0) as bar:
         for epoch in range(len(log), min(config.epochs, pause or config.epochs)):
             began = time.monotonic()
-            prepare(model, config, epoch / config.epochs)
             row = train_epoch(net, opt, loss, splits, config, own, epoch, bar)
             seen, shape = watch(model, splits, config.precision) if rank == 0 else ({}, None)
             log.append(row | seen | {"seconds": (log[-1]["seconds"] if log else 0) + time.monotonic() - began})
