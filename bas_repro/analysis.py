@@ -112,7 +112,7 @@ def setting(point) -> str: # a row of points()
     "The setting that tells a point from the others of its curve, such as γ=0.05."
     named = {"plain": "", "shaping": "lam", "skipnet": "alpha", "aig": "target", "fbs": "target"}.get(point.method, "gamma")
     if point.target_macs: named = "target_macs"
-    return f"{SIGNS[named]}={getattr(point, named):g}" if named else ""
+    return f"{SIGNS[named]}={getattr(point, named):g}{f', {point.skip_gate} gate' * bool(point.skip_gate)}" if named else ""
 
 # %% ../nbs/03c_analysis.ipynb #b48247c4
 def summary(
@@ -191,7 +191,7 @@ def verdict(
     return f"{'holds' if all(above) else 'holds in part' if any(above) else 'does not hold'} ({sum(above)} of {len(above)} points, {against.difference.mean():+.1%} on average, n = {against.n.min()})"
 
 # %% ../nbs/03c_analysis.ipynb #95fea917
-SHOWN = ("dataset", "model", "width", "method", "gamma", "lam", "target_macs", "target", "alpha", "start", "seed", "l0_reduction", "reference_steps") # settings that tell runs of a study apart
+SHOWN = ("dataset", "model", "width", "method", "gamma", "lam", "target_macs", "target", "alpha", "skip_gate", "start", "seed", "l0_reduction", "reference_steps") # settings that tell runs of a study apart
 
 # %% ../nbs/03c_analysis.ipynb #94ed3518
 def logs(
