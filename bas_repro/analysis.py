@@ -139,7 +139,7 @@ def tradeoff(
     fig, ax = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
     scale, sign = unit(table.macs_dense.max())
     nets = dict(zip(sorted(set(zip(table.model, table.width))), sns.color_palette("colorblind")))
-    for (model, width, method, start), group in table.groupby(["model", "width", "method", "start"], sort=False):
+    for (model, width, method, start, _), group in table.groupby(["model", "width", "method", "start", "skip_gate"], sort=False):
         group, look = group.sort_values("macs"), look_of(method, start)
         x, y, sure = group.macs / scale, group.test_accuracy * 100, group.n >= 3
         ax.errorbar(x, y, group.accuracy_std.where(sure) * 100, group.macs_std.where(sure) / scale, fmt="none", color=nets[model, width], capsize=3)
