@@ -280,7 +280,7 @@ def check_arguments(x, prior, lam, dim, reduction, ties, clip):
     if not -x.dim() <= dim < x.dim(): raise ValueError(f"dim must be one of the {x.dim()} dimensions of x, got {dim}")
     if x.shape[dim] < 2: raise ValueError(f"x must hold at least 2 samples along dim={dim}, got shape {tuple(x.shape)}")
     if isinstance(lam, (int, float)) and lam < 0: raise ValueError(f"lam must be at least 0, got {lam}")
-    for name, value, known in ("reduction", reduction, ("sum", "mean", "none")), ("ties", ties, ("ordinal", "average", "max")):
+    for name, value, known in ("reduction", reduction, ("sum", "mean", "mean_of_sums", "none")), ("ties", ties, ("ordinal", "average", "max")):
         if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
     if clip is not None and not 0 <= clip[0] < clip[1]: raise ValueError(f"clip must be (low, high) with 0 <= low < high, got {clip}")
     if torch.compiler.is_compiling() or not isinstance(prior, Prior): return    # torch 2.11 cannot trace `vars`
@@ -316,7 +316,7 @@ def batch_shaping_loss(
     prior=Beta(0.6, 0.4),     # a Prior, or any object with a differentiable `cdf`, such as a torch.distributions one
     lam=1.,                   # λ >= 0, strength: a number or, to anneal it without recompiling, a tensor of no dimension
     dim=0,                    # the dimension of the samples
-    reduction="sum",          # over all features: "sum" (the paper's), "mean" or "none"
+    reduction="sum",          # over all features: "sum" (the paper's), "mean", "mean_of_sums" or "none"
     *, ties="ordinal",        # how equal samples rank: "ordinal" (the paper's), "average" or "max"
     clip=None,                # (low, high) bounds on a Prior's density in the gradient; None: the prior's own
     group=None,               # process group over which the samples are shaped together; None: this process's alone
@@ -331,7 +331,9 @@ def batch_shaping_loss(
     F = prior.cdf(x, clip) if isinstance(prior, Prior) else prior.cdf(x)
     if F.shape != x.shape: raise ValueError(f"prior must give one CDF value a sample, got {tuple(F.shape)} for {tuple(x.shape)}")
     loss = lam * (ranks(x, ties) / (len(x) + 1) - F).square().mean(0)
-    return loss if reduction == "none" else getattr(loss, reduction)()
+    if reduction == "none": return loss
+    if reduction == "mean_of_sums": return len(x) * loss.mean()    # Appendix A's sum over samples, averaged over features
+    return getattr(loss, reduction)()
 
 # %% ../nbs/01_batch_shaping.ipynb #3f473803
 def plot_loss(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['masked', 'GatedBasicBlock', 'GatedBottleneck', 'run_blocks', 'ImageNetResNet', 'OptionA', 'cifar_block',
-           'CifarResNet', 'GatedLayer', 'gated_layers', 'gated_block', 'gate', 'cifar_resnet', 'resnet20', 'resnet32',
-           'resnet38', 'resnet44', 'resnet56', 'resnet110', 'imagenet_resnet', 'resnet18', 'resnet34', 'resnet50']
+           'CifarResNet', 'GatedLayer', 'gated_layers', 'gated_block', 'gate', 'cifar_resnet', 'resnet8', 'resnet14',
+           'resnet20', 'resnet32', 'resnet38', 'resnet44', 'resnet56', 'resnet110', 'imagenet_resnet', 'resnet18',
+           'resnet34', 'resnet50']
 
 # %% ../nbs/02a_resnet.ipynb #d649e380
 import logging
@@ -276,6 +277,14 @@ def cifar_resnet(
     return gate(net, **options) if gated else net
 
 # %% ../nbs/02a_resnet.ipynb #4c0936a0
+def resnet8(num_classes: int = 10, gated: bool = False, width: int = 1, **options) -> CifarResNet:
+    "ResNet-8 for CIFAR; arguments as in `cifar_resnet`."
+    return cifar_resnet(8, num_classes, gated, width, **options)
+
+def resnet14(num_classes: int = 10, gated: bool = False, width: int = 1, **options) -> CifarResNet:
+    "ResNet-14 for CIFAR; arguments as in `cifar_resnet`."
+    return cifar_resnet(14, num_classes, gated, width, **options)
+
 def resnet20(num_classes: int = 10, gated: bool = False, width: int = 1, **options) -> CifarResNet:
     "ResNet-20 for CIFAR; arguments as in `cifar_resnet`."
     return cifar_resnet(20, num_classes, gated, width, **options)

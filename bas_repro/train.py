@@ -64,13 +64,15 @@ class Config:
     momentum: float = 0.9 # Nesterov's
     weight_decay: float = 5.0e-4 # of everything but the gating modules
     gate_weight_decay: float = 0.0 # of the gating modules
+    schedule: str = "paper" # of the learning rate: paper (drops) or linear (warm-up, then linearly to 0)
+    warmup: float = 0.2 # linear: share of the run in which the learning rate grows to lr
     calendar: float = 500 # epochs of the paper's run; the next four are in its epochs
     lr_drops: tuple = (300, 375, 450) # the learning rate is divided by 10
     lam_until: float = 100 # λ has fallen to 0
     gamma_from: float = 100 # γ begins to grow
     gamma_full: float = 300 # γ is at full strength
     reference_steps: int = gates.CIFAR_STEPS # steps of the run that γ is meant for; 0: take γ as it is
-    shaping_reduction: str = "sum" # of Eq. 2 over gates: sum or mean
+    shaping_reduction: str = "sum" # of Eq. 2 over gates: sum, mean or mean_of_sums
     l0_reduction: str = "mean" # of Eq. 5 over gates: mean or sum
     precision: str = "fp32" # fp32, or bf16 autocast
     compile: str = "auto" # torch.compile: yes, no, or auto (for 1,500 steps and more)
@@ -88,8 +90,8 @@ METHODS = {
     "fbs": "FBS: of each layer the most salient channels of an image, always the same number",
 }
 MODELS = {name: getattr(resnet, name) for name in
-          ("resnet20", "resnet32", "resnet38", "resnet44", "resnet56", "resnet110", "resnet18", "resnet34", "resnet50")}
-CIFAR_MODELS = tuple(MODELS)[:6]
+          ("resnet8", "resnet14", "resnet20", "resnet32", "resnet38", "resnet44", "resnet56", "resnet110", "resnet18", "resnet34", "resnet50")}
+CIFAR_MODELS = tuple(MODELS)[:8]
 
 # %% ../nbs/03a_train.ipynb #510d0e75
 USES = {"plain": (), "bas": ("gamma", "lam", "target_macs", "start", "gate_bias"), "l0": ("gamma", "target_macs", "start", "gate_bias"), "shaping": ("lam", "start", "gate_bias"),
@@ -99,13 +101,14 @@ def canonical(config: Config) -> Config:
     "The same run with the settings that its method ignores switched off: 0 or \"\"."
     uses = USES[config.method]
     off = [name for names in USES.values() for name in names if name not in uses] + ["gamma"] * bool("target_macs" in uses and config.target_macs)
-    return dataclasses.replace(config, **{name: type(getattr(config, name))() for name in off})
+    linear = {} if config.schedule == "linear" else {"schedule": "", "warmup": 0.0}
+    return dataclasses.replace(config, **{name: type(getattr(config, name))() for name in off}, **linear)
 
 # %% ../nbs/03a_train.ipynb #019dd439
 def check(config: Config) -> None:
     "`ValueError` in one line that names the first setting that is out of range, and what would be right."
     choices = {"dataset": data.DATASETS, "model": MODELS, "method": METHODS, "bottleneck": resnet.GatedBottleneck.GATED,
-               "shaping_reduction": ("sum", "mean"), "l0_reduction": ("mean", "sum"),
+               "shaping_reduction": ("sum", "mean", "mean_of_sums"), "schedule": ("paper", "linear", ""), "l0_reduction": ("mean", "sum"),
                "precision": ("fp32", "bf16"), "compile": ("auto", "yes", "no"), "skip_gate": ("recurrent", "feedforward", ""), "start": ("", "plain")}
     least = {"gamma": 0, "lam": 0, "alpha": 0, "seed": 0, "epochs": 1, "width": 1, "batch_size": 2, "image_size": 0, "workers": 0, "lr": 0, "momentum": 0,
              "weight_decay": 0, "gate_weight_decay": 0, "reference_steps": 0, "calendar": 1, "lam_until": 1e-9, "gamma_from": 0}
@@ -117,6 +120,7 @@ def check(config: Config) -> None:
         if not (value >= low and math.isfinite(value)): raise ValueError(f"{name}={value}: must be {low} or more")
     if not math.isfinite(config.gate_bias): raise ValueError(f"gate_bias={config.gate_bias}: must be a finite number")
     if not 0 <= config.holdout < 1: raise ValueError(f"holdout={config.holdout}: must be from 0 to below 1")
+    if not 0 <= config.warmup < 1: raise ValueError(f"warmup={config.warmup}: a share from 0 to below 1")
     for name in ("target", "target_macs"):
         if not 0 <= getattr(config, name) <= 1: raise ValueError(f"{name}={getattr(config, name)}: a share is from 0 to 1")
     if config.method in ("aig", "fbs") and not 0 < config.target < 1: raise ValueError(f"target={config.target}: {config.method} needs a share between 0 and 1")
@@ -148,7 +152,7 @@ MACHINE = ("data_root", "device", "compile", "workers") # settings that leave a 
 def identity(config: Config) -> dict: # name → value
     "The settings that decide a run's numbers."
     same = {float: float, tuple: lambda values: [float(v) for v in values]} # 100 and 100.0 are one value
-    kinds, optional = typing.get_type_hints(Config), ("target_macs", "target", "alpha", "skip_gate", "start", "weights", "stream", "gate_bias")
+    kinds, optional = typing.get_type_hints(Config), ("target_macs", "target", "alpha", "skip_gate", "start", "weights", "stream", "gate_bias", "schedule", "warmup")
     return {name: same.get(kinds[name], lambda v: v)(value) for name, value in dataclasses.asdict(canonical(config)).items()
             if name not in MACHINE and (value or name not in optional)}
 
@@ -191,7 +195,7 @@ def strength(
     "How strongly a method's own loss acts at a moment of the run: Eq. 5's growing γ, or the weight of the competitor's own paper."
     if config.method == "aig": return 1.0 if config.dataset == "imagenet" else 2.0
     if config.method == "fbs": return 1e-8
-    if config.method == "skipnet": return 0.01 if config.alpha and epoch >= config.lr_drops[-1] else 0.0
+    if config.method == "skipnet": return 0.01 if config.alpha and epoch >= (0.9 * config.calendar if config.schedule == "linear" else config.lr_drops[-1]) else 0.0
     full = BUDGET if config.target_macs else gates.scaled_gamma(config.gamma, steps, config.reference_steps or steps)
     return gates.gamma_at(epoch, full, config.gamma_from, config.gamma_full)
 
@@ -201,9 +205,11 @@ def schedule(
     progress: float, # share of the run that is done, 0 to 1
     steps: int, # of the whole run
 ) -> tuple[float, float, float]: # learning rate, λ, strength of the method's own loss
-    "What holds at a moment of the run: Appendix B's learning rate, §5's λ and γ, and γ scaled to the run's length."
+    "What holds at a moment of the run: the learning rate, §5's λ and γ, and γ scaled to the run's length."
     epoch = progress * config.calendar
     lr = config.lr * 0.1 ** sum(epoch >= drop for drop in config.lr_drops)
+    if config.schedule == "linear":
+        lr = config.lr * min((progress + 1 / steps) / max(config.warmup, 1e-9), (1 - progress) / (1 - config.warmup))
     lam = gates.lam_at(epoch, config.lam, None if config.method == "shaping" else config.lam_until)
     return lr, lam, strength(config, epoch, steps)
 
@@ -282,7 +288,7 @@ def optimiser(
     config: Config,
 ) -> torch.optim.SGD:
     "Nesterov SGD (Appendix B.1) with two groups: the gating modules, without weight decay by default, and all the rest."
-    gating = {id(p) for module in model.modules() if isinstance(module, gates.GatingModule) for p in module.parameters()}
+    gating = {id(p) for name, p in model.named_parameters() if any(part.startswith("gating") or part == "guide" for part in name.split("."))}
     groups = [{"params": [p for p in model.parameters() if (id(p) in gating) == own], "weight_decay": decay}
               for own, decay in ((False, config.weight_decay), (True, config.gate_weight_decay))]
     return torch.optim.SGD([g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
