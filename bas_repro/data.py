@@ -157,8 +157,8 @@ def load(
         raise ValueError(f"dataset={name!r} is not known: choose one of {', '.join(DATASETS)}")
     known = DATASETS[name]
     if stream and not known.streams:
-        able = ", ".join(other for other in DATASETS if DATASETS[other].streams)
-        raise ValueError(f"stream: {name} cannot be decoded while training; only {able} can be streamed")
+        able = ", ".join(other for other in DATASETS if DATASETS[other].streams) or "none"
+        raise ValueError(f"stream: {name} cannot be decoded while training; sets that can be: {able}")
     _check_holdout(holdout)
     smallest = 4 if known.task == "classification" else 16
     if size and size < smallest:
