@@ -164,11 +164,11 @@ _EVERY = ("dataset", "data_root", "image_size", "holdout", "workers", "weights",
 # %% ../nbs/03_runs.ipynb #38ad2e88
 def _check_classification(run) -> None:
     "Settings of classification that do not go together."
-    if run.has("weights") and run.model in CIFAR_MODELS:
-        raise ValueError(f"weights={run.weights!r}: torchvision has none for {run.model}")
+    if run.has("weights") and run.settings["model"] in CIFAR_MODELS:
+        raise ValueError(f"weights={run.weights!r}: torchvision has none for {run.settings['model']}")
     if run.stream and not run.source.streams:
         raise ValueError(f"stream: {run.dataset} is held in memory; only imagenet can be streamed")
-    if run.width > 1 and run.model not in CIFAR_MODELS:
+    if run.width > 1 and run.settings["model"] not in CIFAR_MODELS:
         raise ValueError(f"width={run.width}: only {', '.join(CIFAR_MODELS)} can be widened")
 
 
@@ -208,7 +208,7 @@ _COUNTED_SEGMENTATION = {name: SETTINGS[name].default for name in (
 # %% ../nbs/03_runs.ipynb #23b18a09
 def _wide(run) -> str:
     "A network's name with its width, such as resnet20x10."
-    return run.model + (f"x{run.width}" if run.width > 1 else "")
+    return run.settings["model"] + (f"x{run.width}" if run.width > 1 else "")
 
 
 TASKS = {
@@ -265,12 +265,15 @@ def _check_device(name: str) -> None:
         raise ValueError(f"device={name!r} is not here: leave it empty, or use cpu") from None
 
 
+_TAKEN = ("method", "model")  # a run has its method as an object, and model() is the trained network
+
+
 class _Settings:
     "Settings, checked once: every one that the run uses is an attribute."
 
     def __init__(self, given: dict):
         self.settings = _resolve(given)
-        self.__dict__.update((name, value) for name, value in self.settings.items() if name != "method")
+        self.__dict__.update((name, value) for name, value in self.settings.items() if name not in _TAKEN)
         for name, value in given.items():
             if name in _foreign(self.task) and not _not_given(value):
                 raise TypeError(f"{name}={value!r} is no setting of {self.task.name}, which {self.dataset} is for")
