@@ -20,7 +20,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["bas_repro", "bas_repro.*"]),
-    package_data={"bas_repro": ["csrc/*"]},
+    package_data={"bas_repro": ["csrc/*", "weights/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
