@@ -732,7 +732,7 @@ def _log_orders(
 def compact(
     model: nn.Module,  # a gated network of this library (a plain one is only folded); left untouched
     engine: str = "auto",  # "torch", "native" (CPU), "triton" (CUDA), or "auto": a kernel, else torch
-    log: list[Gate] | torch.Tensor | None = None,  # gates of many images, as returned or (N, K): drop what none opens
+    log: list[Gate] | torch.Tensor | None = None,  # gates of many images: what none opens is dropped
     dense_above: float | None = None,  # open share, 0 to 1, above which an image's block is masked instead
 ) -> nn.Module:  # for inference: net(x) gives logits, net(x, return_gates=True) logits and gates
     "A network that executes only what its gates ask for (Appendix C)."

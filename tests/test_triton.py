@@ -1,4 +1,4 @@
-"""The Triton kernels compile for a GPU, which needs none: 02f_triton's interpreter accepts more than the compiler."""
+"""The Triton kernels compile for a GPU, which needs none: not all that the interpreter runs would compile."""
 import os
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_compiles_for_hopper(name, tmp_path, monkeypatch):
     source = ASTSource(kernel, signature, constants, aligned)
     ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     if name in ("first", "middle", "last"):
-        assert "wgmma.mma_async" in ptx and "cp.async" in ptx  # on tensor cores, with loads under way meanwhile
+        assert "wgmma.mma_async" in ptx and "cp.async" in ptx  # on tensor cores, loads under way meanwhile
 
 
 def test_the_notebook_runs_in_a_process_of_its_own(tmp_path):
