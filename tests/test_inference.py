@@ -37,9 +37,11 @@ def network(name):
     net = NETS[name]()
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            m.running_mean.normal_(std=0.1), m.running_var.uniform_(0.5, 2)
+            m.running_mean.normal_(std=0.1)
+            m.running_var.uniform_(0.5, 2)
             if m.affine:
-                nn.init.uniform_(m.weight, 0.5, 1.5), nn.init.normal_(m.bias, std=0.1)
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, std=0.1)
     return net.eval()
 
 
@@ -54,7 +56,8 @@ def engine_or_skip(engine):
 def worst(net, exe, x, masks):
     "The largest relative error of an image; gates must be equal."
     (want, own), (got, gates) = (force(m, masks)(x, return_gates=True) for m in (net, exe))
-    force(net, None), force(exe, None)
+    force(net, None)
+    force(exe, None)
     assert all(torch.equal(a.value, b.value) for a, b in zip(own, gates, strict=True))
     return ((got - want).norm(dim=1) / want.norm(dim=1)).max().item()
 
@@ -82,7 +85,8 @@ def test_double_precision_and_the_model_itself_are_left_alone():
     net, x = network("one").double(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     assert worst(net, compact(net, "torch"), x, None) < 1e-12
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(p.requires_grad for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
 
 
 def test_dense_engines_agree():
