@@ -96,7 +96,7 @@ class DataSet:
     streams: bool = False  # can be left on disk and decoded while training, varied as random parts
     settings: dict = field(default_factory=dict)  # that runs on it start from, where not the task's own
     paper: dict = field(default_factory=dict)  # settings of the paper's runs on it (Appendix B, §5), if any
-    label_of: Callable | None = None  # (classes) -> proper name, where a folder may hold one set or another
+    label_of: Callable | None = None  # (classes, root) -> proper name, where a folder may hold one set or another
 
     def __post_init__(self):
         if self.task not in ("classification", "segmentation"):
@@ -170,7 +170,7 @@ def load(
     *parts, classes = known.read(folder, size or known.size, holdout, **options)
     if stream:
         parts = [dataclasses.replace(files, workers=workers) for files in parts]
-    label = known.label_of(classes) if known.label_of else known.label
+    label = known.label_of(classes, folder) if known.label_of else known.label
     seen = size or known.size or parts[2][0][1].shape[0]
     return Splits(*parts, classes, seen, known.augment, label)
 
@@ -376,6 +376,16 @@ def _cifar10(
     return *split(train, holdout), test, tuple(parts[0].classes)
 
 # %% ../nbs/03_data.ipynb #7b216dbd
+def _cifar10_label(
+    classes: tuple,  # their names
+    root: Path,  # where data sets are
+) -> str:
+    "CIFAR-10, and whether its images went through JPEG, which costs accuracy."
+    first = next((root/"cifar10").glob("train/*/*"), Path())
+    encoded = first.suffix.lower() in (".jpg", ".jpeg") and not (root/"cifar-10-batches-py").is_dir()
+    return "CIFAR-10 (JPEG)" if encoded else "CIFAR-10"
+
+
 _OPTIMISER = {"batch_size": 256, "lr": 0.1, "momentum": 0.9, "gate_weight_decay": 0.0}  # Appendix B.1, B.2
 _PAPER = {**_OPTIMISER, "holdout": 0.0, "schedule": "paper"}
 DATASETS["cifar10"] = DataSet(
@@ -386,6 +396,7 @@ DATASETS["cifar10"] = DataSet(
     augment="crop",
     settings=_CIFAR10,
     paper={**_CIFAR10, **_PAPER, "epochs": 500, "image_size": 32},
+    label_of=_cifar10_label,
 )
 
 # %% ../nbs/03_data.ipynb #d552593f
@@ -414,6 +425,7 @@ _IMAGENETTE = (  # its classes, in WordNet's numbers
 
 def _imagenet_label(
     classes: tuple,  # names of the classes' folders
+    root: Path,  # where data sets are
 ) -> str:
     "ImageNet, Imagenette, or how many classes another tree of that layout has."
     if tuple(classes) == _IMAGENETTE:

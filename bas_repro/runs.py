@@ -498,7 +498,7 @@ class Study:
     "Runs that are drawn together."
     runs: list  # of Run
     folder: Path  # of its figures
-    jobs: int = 1  # runs at a time
+    jobs: int = 1  # runs at a time; 0: train nothing, show what is complete
 
     def complete(self) -> list[Run]:
         "Those of its runs that have a record."
@@ -542,7 +542,8 @@ def study(
     if given.get("notebook") not in (None, notebook):
         raise ValueError(f"this preset is for nbs/{given['notebook']}.ipynb, not for {notebook}")
     runs = _runs(given, core.root()/"outputs"/notebook)
-    return Study(runs, _folder(notebook, runs, given.get("run")), given.get("jobs") or 1)
+    jobs = 1 if given.get("jobs") is None else given["jobs"]
+    return Study(runs, _folder(notebook, runs, given.get("run")), jobs)
 
 
 def read_preset(

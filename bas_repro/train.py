@@ -778,10 +778,12 @@ def _together(
 # %% ../nbs/03a_train.ipynb #e0b607b4
 def sweep(
     study: list[Run],  # of either task
-    jobs: int | None = 1,  # runs at a time, each in a process of its own if more than 1; None: as joblib.parallel_config says
+    jobs: int | None = 1,  # runs at a time, each in its own process if more than 1; None: as joblib says; 0: none
     quiet: bool = True,  # False: also print a line an epoch
 ) -> list[dict]:  # their records, in the same order
     "Train what is not complete yet, one after the other or side by side through joblib."
+    if jobs == 0:
+        return [run.record() for run in study]
     with _watching(study):
         starts = dict.fromkeys(run.replace(method="plain") for run in study if run.has("start"))
         _together(list(starts), jobs, quiet)
