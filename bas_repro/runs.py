@@ -77,12 +77,12 @@ SETTINGS = {
     "backbone": Setting(str, "PSPNet's backbone", "resnet18", choices=pspnet.BACKBONES),
     "dropout": Setting(float, "in PSPNet's heads (Zhao et al., 2017)", 0.1, 0, 1, "[)"),
     "weights": Setting(str, "torchvision's to start from, such as IMAGENET1K_V1; for PSPNet also a file.pt"),
-    "start": Setting(str, "plain: from the weights of the plain run of the same settings", choices=("plain",)),
+    "start": Setting(str, "plain: from the weights of the plain run beside it", choices=("plain",)),
     # with which gates
     "method": Setting(str, "a key of methods.METHODS", "bas", choices=methods.METHODS),
     "bottleneck": Setting(str, "gates of a bottleneck", "one", choices=resnet.GatedBottleneck.GATED),
     "gate_bias": Setting(float, "start of the gates' last bias, in logits; 0 opens half of the gates", 0.0),
-    "gamma": Setting(float, "strength of Eq. 5 in the paper's units; SGAD's price", 0.1, 0, sign="γ", mark="g"),
+    "gamma": Setting(float, "γ of Eq. 5 in the paper's units; SGAD's price", 0.1, 0, sign="γ", mark="g"),
     "target_macs": Setting(float, "share of the plain network's MACs to train to, instead of gamma", None,
                            0, 1, sign="MACs", mark="m"),
     "lam": Setting(float, "strength of batch-shaping, Eq. 2", 0.75, 0, sign="λ", mark="l"),
@@ -113,11 +113,11 @@ SETTINGS = {
     "lam_until": Setting(float, "calendar epoch at which λ has fallen to 0", 100.0, 1e-9),
     "gamma_from": Setting(float, "calendar epoch at which γ begins to grow", 100.0, 0),
     "gamma_full": Setting(float, "calendar epoch from which γ is constant", 300.0, 0),
-    "reference_steps": Setting(int, "steps of the run that γ is meant for; 0: γ as it is", gates.CIFAR_STEPS, 0),
+    "reference_steps": Setting(int, "steps of the run γ is meant for; 0: γ as it is", gates.CIFAR_STEPS, 0),
     "val_every": Setting(int, "epochs between scores on the validation pictures; 0: only at the end", 0, 0),
     # on what machine
     "precision": Setting(str, "fp32, or bf16 autocast", "fp32", choices=("fp32", "bf16")),
-    "compile": Setting(str, "torch.compile; auto: from 1,500 steps on", "auto", choices=("auto", "yes", "no")),
+    "compile": Setting(str, "torch.compile; auto: from 1,500 steps", "auto", choices=("auto", "yes", "no")),
     "device": Setting(str, "cpu, cuda, …; cuda where there is one and nothing is given"),
 }
 _MACHINE = ("data_root", "workers", "compile", "device")  # these leave a run's numbers as they are
@@ -180,8 +180,8 @@ def _check_segmentation(run) -> None:
     if len(run.crop) != 2 or any(side != int(side) or side < 16 for side in run.crop):
         raise ValueError(f"crop={list(run.crop)}: give height and width, whole numbers of 16 or more")
     if run.batch_size % run.accumulate or run.batch_size // run.accumulate < 2:
-        raise ValueError(f"accumulate={run.accumulate}: a batch of {run.batch_size} must fall into equal parts "
-                         "of at least 2, which BatchNorm needs")
+        raise ValueError(f"accumulate={run.accumulate}: a batch of {run.batch_size} must fall into equal "
+                         "parts of at least 2, which BatchNorm needs")
     if run.has("weights") and is_file(run.weights) and not Path(run.weights).is_file():
         raise ValueError(f"weights={run.weights!r}: no such file; give a file of a ResNet's state_dict, "
                          "or torchvision's name of its weights")
@@ -197,7 +197,8 @@ def is_file(
 _COUNTED = {name: SETTINGS[name].default for name in (
     "dataset", "image_size", "holdout", "model", "width", "bottleneck", "method", "gamma", "lam", "seed",
     "epochs", "batch_size", "lr", "momentum", "weight_decay", "gate_weight_decay", "calendar", "lr_drops",
-    "lam_until", "gamma_from", "gamma_full", "reference_steps", "shaping_reduction", "l0_reduction", "precision",
+    "lam_until", "gamma_from", "gamma_full", "reference_steps", "shaping_reduction", "l0_reduction",
+    "precision",
 )} | {"gamma": 0.0, "lam": 0.0, "image_size": 0}
 _COUNTED_SEGMENTATION = {name: SETTINGS[name].default for name in (
     "dataset", "image_size", "holdout", "backbone", "bottleneck", "method", "lam", "shaping_reduction",
@@ -223,8 +224,8 @@ TASKS = {
         {"paper": ("power",), "linear": ("warmup",)},
         {"method": "shaping", "lam": 0.2, "batch_size": 6, "lr": 0.02, "weight_decay": 1e-4,
          "gate_weight_decay": 1e-6, "compile": "no"},
-        _polynomial, lambda run: run.backbone.replace("resnet", "pspnet"), lambda run: f"i{run.steps}", "-pre",
-        _COUNTED_SEGMENTATION, _check_segmentation,
+        _polynomial, lambda run: run.backbone.replace("resnet", "pspnet"), lambda run: f"i{run.steps}",
+        "-pre", _COUNTED_SEGMENTATION, _check_segmentation,
     ),
 }
 
@@ -513,7 +514,7 @@ def _runs(given: dict, out: Path) -> list[Run]:
     "The runs of a preset: each entry of `runs` with what stands beside them, which wins."
     entries = given.get("runs") or [{}]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"runs={entries!r}: give a list of settings, such as [{{gamma: 0.1}}, {{gamma: 0.2}}]")
+        raise ValueError(f"runs={entries!r}: give a list such as [{{gamma: 0.1}}, {{gamma: 0.2}}]")
     shared = {k: value for k, value in given.items() if k not in _OF_A_STUDY and not _not_given(value)}
     return list(dict.fromkeys(run for entry in entries for run in grid({**entry, **shared}, out)))
 
