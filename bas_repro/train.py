@@ -800,6 +800,15 @@ def sweep(
     return records
 
 # %% ../nbs/03a_train.ipynb #e4fad6bd
+def _listening(address: str) -> None:
+    "`ValueError` in one line, at once, if no Dask scheduler listens at that address."
+    from distributed.comm import get_address_host_port
+    try:
+        socket.create_connection(get_address_host_port(address), timeout=20).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise ValueError(f"--dask {address}: no scheduler listens there ({error})") from None
+
+
 def _backend(dask: str):  # a context in which joblib uses that cluster
     "Joblib on a Dask cluster, or, with \"\", on this machine."
     if not dask:
@@ -809,6 +818,7 @@ def _backend(dask: str):  # a context in which joblib uses that cluster
     except ImportError:
         remedy = "distributed is not installed; pip install 'dask[distributed]'"
         raise ValueError(f"--dask {dask}: {remedy}") from None
+    _listening(dask)
     stack = contextlib.ExitStack()
     stack.enter_context(Client(dask, timeout=20))
     stack.enter_context(joblib.parallel_config(backend="dask", n_jobs=-1))
