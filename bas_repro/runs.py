@@ -7,14 +7,13 @@ __all__ = ['CIFAR_MODELS', 'MODELS', 'SETTINGS', 'TASKS', 'Setting', 'Task', 'is
            'learning_rate', 'is_paper', 'grid', 'Study', 'study', 'read_preset', 'preset']
 
 # %% ../nbs/03_runs.ipynb #3f621a92
-import dataclasses
 import hashlib
 import importlib
 import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -146,15 +145,16 @@ class Task:
     name: str  # as in data.DataSet.task
     module: str  # where its part of the training loop is, as WORK
     settings: tuple[str, ...]  # besides those of every run, of the method and of the schedule
-    never: tuple[str, ...]  # a method's settings that it has no use for
     schedules: dict  # name of a schedule → the settings that it uses
-    defaults: dict  # where they differ from those of the table
     fall: Callable  # (run, progress 0 to 1) → the paper's learning rate
     network: Callable  # run → its network, as in names
     span: Callable  # run → its length, as in names
     warm: str  # what a name has for a start from trained weights
     counted: dict  # settings that a name always counts → their value where a run does not use them
     check: Callable  # (run): `ValueError` in one line for settings that do not go together
+    never: tuple[str, ...] = ()  # a method's settings that it has no use for
+    defaults: dict = field(default_factory=dict)  # where they differ from those of the table
+
 
 _EVERY = (
     "dataset", "data_root", "image_size", "holdout", "workers", "weights", "method", "seed", "batch_size",
@@ -214,18 +214,31 @@ def _wide(run) -> str:
 
 TASKS = {
     "classification": Task(
-        "classification", "bas_repro.train", ("model", "width", "stream", "epochs"), (),
-        {"paper": ("calendar", "lr_drops"), "linear": ("warmup",)}, {},
-        _drops, _wide, lambda run: f"e{run.epochs}", "-warm", _COUNTED, _check_classification,
+        "classification",
+        module="bas_repro.train",
+        settings=("model", "width", "stream", "epochs"),
+        schedules={"paper": ("calendar", "lr_drops"), "linear": ("warmup",)},
+        fall=_drops,
+        network=_wide,
+        span=lambda run: f"e{run.epochs}",
+        warm="-warm",
+        counted=_COUNTED,
+        check=_check_classification,
     ),
     "segmentation": Task(
-        "segmentation", "bas_repro.segmentation",
-        ("backbone", "dropout", "steps", "accumulate", "crop", "aux", "val_every"), ("start",),
-        {"paper": ("power",), "linear": ("warmup",)},
-        {"method": "shaping", "lam": 0.2, "batch_size": 6, "lr": 0.02, "weight_decay": 1e-4,
-         "gate_weight_decay": 1e-6, "compile": "no"},
-        _polynomial, lambda run: run.backbone.replace("resnet", "pspnet"), lambda run: f"i{run.steps}",
-        "-pre", _COUNTED_SEGMENTATION, _check_segmentation,
+        "segmentation",
+        module="bas_repro.segmentation",
+        settings=("backbone", "dropout", "steps", "accumulate", "crop", "aux", "val_every"),
+        schedules={"paper": ("power",), "linear": ("warmup",)},
+        fall=_polynomial,
+        network=lambda run: run.backbone.replace("resnet", "pspnet"),
+        span=lambda run: f"i{run.steps}",
+        warm="-pre",
+        counted=_COUNTED_SEGMENTATION,
+        check=_check_segmentation,
+        never=("start",),
+        defaults={"method": "shaping", "lam": 0.2, "batch_size": 6, "lr": 0.02, "weight_decay": 1e-4,
+                  "gate_weight_decay": 1e-6, "compile": "no"},
     ),
 }
 
@@ -345,6 +358,7 @@ class Run(_Settings):
         **given,  # settings: names of SETTINGS
     ):
         super().__init__(given)
+        self.given = given
         self.out = Path(out or core.root()/"outputs"/"train")
         self.name = _name(self)
 
@@ -364,8 +378,8 @@ class Run(_Settings):
         return importlib.import_module(self.task.module).WORK
 
     def replace(self, **changes) -> "Run":
-        "The same run but for some settings; None takes one away."
-        return Run(self.out, **{**self.settings, **changes})
+        "The same run but for some settings, as if given instead; None takes one away."
+        return Run(self.out, **{**self.given, **changes})
 
     def record(self) -> dict | None:
         "Its metrics.json; None before it is complete. `ValueError` if that is damaged or another run's."
