@@ -9,6 +9,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                     'bas_repro.analysis._row': ('analysis.html#_row', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._told_apart': ('analysis.html#_told_apart', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._why_undecided': ('analysis.html#_why_undecided', 'bas_repro/analysis.py'),
+                                    'bas_repro.analysis._words': ('analysis.html#_words', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.against_smaller': ('analysis.html#against_smaller', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.compare': ('analysis.html#compare', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.curves': ('analysis.html#curves', 'bas_repro/analysis.py'),
