@@ -664,6 +664,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                  'bas_repro.train._leave': ('train.html#_leave', 'bas_repro/train.py'),
                                  'bas_repro.train._length': ('train.html#_length', 'bas_repro/train.py'),
                                  'bas_repro.train._line': ('train.html#_line', 'bas_repro/train.py'),
+                                 'bas_repro.train._listening': ('train.html#_listening', 'bas_repro/train.py'),
                                  'bas_repro.train._plain_weights': ('train.html#_plain_weights', 'bas_repro/train.py'),
                                  'bas_repro.train._progress': ('train.html#_progress', 'bas_repro/train.py'),
                                  'bas_repro.train._published': ('train.html#_published', 'bas_repro/train.py'),

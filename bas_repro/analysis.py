@@ -286,7 +286,7 @@ def against_smaller(
     plain: pd.DataFrame,  # rows of records(): plain networks of several sizes
     score: str = "test_accuracy",
 ) -> pd.DataFrame:  # as from compare()
-    "How far our points lie above the line through plain networks; empty where ours cost less than all of them."
+    "How far our points lie above the line through plain networks; empty where ours cost less than all."
     lengths = compare(plain, ours, score)
     return lengths.assign(difference=-lengths.difference)
 
@@ -315,7 +315,8 @@ def curves(
     if table.label.nunique() > 9:
         table = table.assign(one=table.label + table.seed.astype(str))
         look = {"hue": "named", "style": "network", "units": "one", "estimator": None}
-    kind, where = ("val", "held-out images") if table.val_accuracy.notna().all() else ("train", "training batches")
+    held_out = table.val_accuracy.notna().all()
+    kind, where = ("val", "held-out images") if held_out else ("train", "training batches")
     opened = table.open.where(table.method.map(lambda name: bool(methods.method(name).gates)))
     labels = f"accuracy on {where} (%)", "open gates in training (%)"
     for ax, values, label in zip(axes, (table[f"{kind}_accuracy"], opened), labels):
@@ -343,7 +344,7 @@ def gamma_plot(
 ):  # a matplotlib figure
     "MACs and accuracy against γ in the paper's units, a line for each length of the run."
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    columns = {"mac_share": "MACs of the plain network (%)", "test_accuracy": "accuracy on the test images (%)"}
+    columns = {"mac_share": "MACs of the plain network (%)", "test_accuracy": "accuracy on test images (%)"}
     look = {"hue": "steps", "style": "steps", "markers": True, "palette": "crest"}
     for ax, (column, label) in zip(axes, columns.items()):
         shown = table.assign(value=table[column] * 100, steps=table.steps.astype(str))

@@ -143,8 +143,8 @@ add(Method(
 ))
 add(Method(
     "shaping", "batch-shaping only, fixed λ", "batch-shaping alone with fixed λ (§5)", look=("^", ""),
-    dial="lam", uses=("shaping_reduction", "pooled", *_GATE), gates=(gates.GatingModule,), convert=_channel_gates,
-    lam=_fixed, static=True,
+    dial="lam", uses=("shaping_reduction", "pooled", *_GATE), gates=(gates.GatingModule,),
+    convert=_channel_gates, lam=_fixed, static=True,
 ))
 
 # %% ../nbs/02g_methods.ipynb #959ecc3a

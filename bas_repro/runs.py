@@ -7,14 +7,13 @@ __all__ = ['CIFAR_MODELS', 'MODELS', 'SETTINGS', 'TASKS', 'Setting', 'Task', 'is
            'learning_rate', 'is_paper', 'grid', 'Study', 'study', 'read_preset', 'preset']
 
 # %% ../nbs/03_runs.ipynb #3f621a92
-import dataclasses
 import hashlib
 import importlib
 import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -77,12 +76,12 @@ SETTINGS = {
     "backbone": Setting(str, "PSPNet's backbone", "resnet18", choices=pspnet.BACKBONES),
     "dropout": Setting(float, "in PSPNet's heads (Zhao et al., 2017)", 0.1, 0, 1, "[)"),
     "weights": Setting(str, "torchvision's to start from, such as IMAGENET1K_V1; for PSPNet also a file.pt"),
-    "start": Setting(str, "plain: from the weights of the plain run of the same settings", choices=("plain",)),
+    "start": Setting(str, "plain: from the weights of the plain run beside it", choices=("plain",)),
     # with which gates
     "method": Setting(str, "a key of methods.METHODS", "bas", choices=methods.METHODS),
     "bottleneck": Setting(str, "gates of a bottleneck", "one", choices=resnet.GatedBottleneck.GATED),
     "gate_bias": Setting(float, "start of the gates' last bias, in logits; 0 opens half of the gates", 0.0),
-    "gamma": Setting(float, "strength of Eq. 5 in the paper's units; SGAD's price", 0.1, 0, sign="γ", mark="g"),
+    "gamma": Setting(float, "γ of Eq. 5 in the paper's units; SGAD's price", 0.1, 0, sign="γ", mark="g"),
     "target_macs": Setting(float, "share of the plain network's MACs to train to, instead of gamma", None,
                            0, 1, sign="MACs", mark="m"),
     "lam": Setting(float, "strength of batch-shaping, Eq. 2", 0.75, 0, sign="λ", mark="l"),
@@ -113,11 +112,11 @@ SETTINGS = {
     "lam_until": Setting(float, "calendar epoch at which λ has fallen to 0", 100.0, 1e-9),
     "gamma_from": Setting(float, "calendar epoch at which γ begins to grow", 100.0, 0),
     "gamma_full": Setting(float, "calendar epoch from which γ is constant", 300.0, 0),
-    "reference_steps": Setting(int, "steps of the run that γ is meant for; 0: γ as it is", gates.CIFAR_STEPS, 0),
+    "reference_steps": Setting(int, "steps of the run γ is meant for; 0: γ as it is", gates.CIFAR_STEPS, 0),
     "val_every": Setting(int, "epochs between scores on the validation pictures; 0: only at the end", 0, 0),
     # on what machine
     "precision": Setting(str, "fp32, or bf16 autocast", "fp32", choices=("fp32", "bf16")),
-    "compile": Setting(str, "torch.compile; auto: from 1,500 steps on", "auto", choices=("auto", "yes", "no")),
+    "compile": Setting(str, "torch.compile; auto: from 1,500 steps", "auto", choices=("auto", "yes", "no")),
     "device": Setting(str, "cpu, cuda, …; cuda where there is one and nothing is given"),
 }
 _MACHINE = ("data_root", "workers", "compile", "device")  # these leave a run's numbers as they are
@@ -146,15 +145,16 @@ class Task:
     name: str  # as in data.DataSet.task
     module: str  # where its part of the training loop is, as WORK
     settings: tuple[str, ...]  # besides those of every run, of the method and of the schedule
-    never: tuple[str, ...]  # a method's settings that it has no use for
     schedules: dict  # name of a schedule → the settings that it uses
-    defaults: dict  # where they differ from those of the table
     fall: Callable  # (run, progress 0 to 1) → the paper's learning rate
     network: Callable  # run → its network, as in names
     span: Callable  # run → its length, as in names
     warm: str  # what a name has for a start from trained weights
     counted: dict  # settings that a name always counts → their value where a run does not use them
     check: Callable  # (run): `ValueError` in one line for settings that do not go together
+    never: tuple[str, ...] = ()  # a method's settings that it has no use for
+    defaults: dict = field(default_factory=dict)  # where they differ from those of the table
+
 
 _EVERY = (
     "dataset", "data_root", "image_size", "holdout", "workers", "weights", "method", "seed", "batch_size",
@@ -180,8 +180,8 @@ def _check_segmentation(run) -> None:
     if len(run.crop) != 2 or any(side != int(side) or side < 16 for side in run.crop):
         raise ValueError(f"crop={list(run.crop)}: give height and width, whole numbers of 16 or more")
     if run.batch_size % run.accumulate or run.batch_size // run.accumulate < 2:
-        raise ValueError(f"accumulate={run.accumulate}: a batch of {run.batch_size} must fall into equal parts "
-                         "of at least 2, which BatchNorm needs")
+        raise ValueError(f"accumulate={run.accumulate}: a batch of {run.batch_size} must fall into equal "
+                         "parts of at least 2, which BatchNorm needs")
     if run.has("weights") and is_file(run.weights) and not Path(run.weights).is_file():
         raise ValueError(f"weights={run.weights!r}: no such file; give a file of a ResNet's state_dict, "
                          "or torchvision's name of its weights")
@@ -197,7 +197,8 @@ def is_file(
 _COUNTED = {name: SETTINGS[name].default for name in (
     "dataset", "image_size", "holdout", "model", "width", "bottleneck", "method", "gamma", "lam", "seed",
     "epochs", "batch_size", "lr", "momentum", "weight_decay", "gate_weight_decay", "calendar", "lr_drops",
-    "lam_until", "gamma_from", "gamma_full", "reference_steps", "shaping_reduction", "l0_reduction", "precision",
+    "lam_until", "gamma_from", "gamma_full", "reference_steps", "shaping_reduction", "l0_reduction",
+    "precision",
 )} | {"gamma": 0.0, "lam": 0.0, "image_size": 0}
 _COUNTED_SEGMENTATION = {name: SETTINGS[name].default for name in (
     "dataset", "image_size", "holdout", "backbone", "bottleneck", "method", "lam", "shaping_reduction",
@@ -213,18 +214,31 @@ def _wide(run) -> str:
 
 TASKS = {
     "classification": Task(
-        "classification", "bas_repro.train", ("model", "width", "stream", "epochs"), (),
-        {"paper": ("calendar", "lr_drops"), "linear": ("warmup",)}, {},
-        _drops, _wide, lambda run: f"e{run.epochs}", "-warm", _COUNTED, _check_classification,
+        "classification",
+        module="bas_repro.train",
+        settings=("model", "width", "stream", "epochs"),
+        schedules={"paper": ("calendar", "lr_drops"), "linear": ("warmup",)},
+        fall=_drops,
+        network=_wide,
+        span=lambda run: f"e{run.epochs}",
+        warm="-warm",
+        counted=_COUNTED,
+        check=_check_classification,
     ),
     "segmentation": Task(
-        "segmentation", "bas_repro.segmentation",
-        ("backbone", "dropout", "steps", "accumulate", "crop", "aux", "val_every"), ("start",),
-        {"paper": ("power",), "linear": ("warmup",)},
-        {"method": "shaping", "lam": 0.2, "batch_size": 6, "lr": 0.02, "weight_decay": 1e-4,
-         "gate_weight_decay": 1e-6, "compile": "no"},
-        _polynomial, lambda run: run.backbone.replace("resnet", "pspnet"), lambda run: f"i{run.steps}", "-pre",
-        _COUNTED_SEGMENTATION, _check_segmentation,
+        "segmentation",
+        module="bas_repro.segmentation",
+        settings=("backbone", "dropout", "steps", "accumulate", "crop", "aux", "val_every"),
+        schedules={"paper": ("power",), "linear": ("warmup",)},
+        fall=_polynomial,
+        network=lambda run: run.backbone.replace("resnet", "pspnet"),
+        span=lambda run: f"i{run.steps}",
+        warm="-pre",
+        counted=_COUNTED_SEGMENTATION,
+        check=_check_segmentation,
+        never=("start",),
+        defaults={"method": "shaping", "lam": 0.2, "batch_size": 6, "lr": 0.02, "weight_decay": 1e-4,
+                  "gate_weight_decay": 1e-6, "compile": "no"},
     ),
 }
 
@@ -344,6 +358,7 @@ class Run(_Settings):
         **given,  # settings: names of SETTINGS
     ):
         super().__init__(given)
+        self.given = given
         self.out = Path(out or core.root()/"outputs"/"train")
         self.name = _name(self)
 
@@ -363,8 +378,8 @@ class Run(_Settings):
         return importlib.import_module(self.task.module).WORK
 
     def replace(self, **changes) -> "Run":
-        "The same run but for some settings; None takes one away."
-        return Run(self.out, **{**self.settings, **changes})
+        "The same run but for some settings, as if given instead; None takes one away."
+        return Run(self.out, **{**self.given, **changes})
 
     def record(self) -> dict | None:
         "Its metrics.json; None before it is complete. `ValueError` if that is damaged or another run's."
@@ -513,7 +528,7 @@ def _runs(given: dict, out: Path) -> list[Run]:
     "The runs of a preset: each entry of `runs` with what stands beside them, which wins."
     entries = given.get("runs") or [{}]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"runs={entries!r}: give a list of settings, such as [{{gamma: 0.1}}, {{gamma: 0.2}}]")
+        raise ValueError(f"runs={entries!r}: give a list such as [{{gamma: 0.1}}, {{gamma: 0.2}}]")
     shared = {k: value for k, value in given.items() if k not in _OF_A_STUDY and not _not_given(value)}
     return list(dict.fromkeys(run for entry in entries for run in grid({**entry, **shared}, out)))
 

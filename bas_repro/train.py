@@ -73,7 +73,7 @@ class Work:
     labels: Callable  # (labels) → how many of them count
     right: Callable  # (output, labels) → share of right answers, a scalar
     evaluate: Callable  # (run, network, images, splits, ledger) → Seen
-    watch: Callable  # (run, network, splits, ledger, last epoch?, epoch) → its row of the log, gates' quantiles
+    watch: Callable  # (run, network, splits, ledger, last or not, epoch) → row of the log, gates' quantiles
     leave: Callable  # (run, network, splits, Seen, made): write what the task leaves besides the record
     line: Callable  # (record) → its scores in words
 
@@ -154,8 +154,8 @@ def losses(
     strength: torch.Tensor,  # of the method's own loss now, a scalar
     memory: torch.Tensor | None,  # as in _shaping
     plan: Plan,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # (5,): three losses, shares of right answers and open gates; memory
-    "The task's loss, batch-shaping and the method's own loss, with their strengths, and two numbers to watch."
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # (5,): three losses, shares of right and of open; memory
+    "The task's loss, batch-shaping, the method's own loss, each with its strength, and two numbers to watch."
     run, method = plan.run, plan.run.method
     with torch.autocast(x.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         out, gated = model(x, return_gates=True)
@@ -373,7 +373,7 @@ def optimiser(
     model: nn.Module,
     run: Run,
 ) -> torch.optim.SGD:
-    "Nesterov SGD (Appendix B) with two groups: the method's gates, by default without weight decay, and the rest."
+    "Nesterov SGD (Appendix B) with two groups: the method's gates (no decay by default) and the rest."
     gating = {id(p) for p in methods.gate_parameters(model, run.method)}
     body = [p for p in model.parameters() if id(p) not in gating]
     groups = [{"params": body, "weight_decay": run.weight_decay}]
@@ -448,7 +448,7 @@ def _train_epoch(
     plan: Plan,
     epoch: int,  # from 0
     bar,  # a progress bar to move by a step at a time
-) -> tuple[dict, torch.Tensor | None]:  # what the epoch's row of the log says of training, and the next memory
+) -> tuple[dict, torch.Tensor | None]:  # what the epoch's row says of training, and the next memory
     "Train for one epoch. `FloatingPointError` if the loss is no longer finite."
     run, work, length, _ = plan
     device, rank = next(model.parameters()).device, process()[0]
@@ -474,9 +474,9 @@ def _train_epoch(
     task, shaping, price, right, opened = (sums / n).tolist()
     if not math.isfinite(task + shaping + price):
         raise FloatingPointError(f"the loss is not finite in epoch {epoch}: lower lr={run.lr}")
-    row = {"epoch": epoch + 1, "step": first + n, "lr": lr, "lam": lam.item(), "gamma": strength.item(),
-           "loss_task": task, "loss_shaping": shaping, "loss_l0": price, "train_accuracy": right, "open": opened}
-    return row, memory
+    row = {"epoch": epoch + 1, "step": first + n, "lr": lr, "lam": lam.item(), "gamma": strength.item()}
+    row |= {"loss_task": task, "loss_shaping": shaping, "loss_l0": price, "train_accuracy": right}
+    return row | {"open": opened}, memory
 
 # %% ../nbs/03a_train.ipynb #c43b5320
 @functools.lru_cache(maxsize=1)
@@ -688,7 +688,7 @@ def train(
     return run.record()
 
 # %% ../nbs/03a_train.ipynb #184227a4
-def _fit_saving(run: Run, model: nn.Module, splits: data.Splits, found: dict | None, quiet: bool, until: int | None):
+def _fit_saving(run: Run, model: nn.Module, splits: data.Splits, found: dict | None, quiet, until) -> State:
     "`fit` from a checkpoint, if one was found, with checkpoints."
     opt, state, saved = optimiser(model, run), None, time.monotonic()
     if found:
@@ -800,6 +800,15 @@ def sweep(
     return records
 
 # %% ../nbs/03a_train.ipynb #e4fad6bd
+def _listening(address: str) -> None:
+    "`ValueError` in one line, at once, if no Dask scheduler listens at that address."
+    from distributed.comm import get_address_host_port
+    try:
+        socket.create_connection(get_address_host_port(address), timeout=20).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise ValueError(f"--dask {address}: no scheduler listens there ({error})") from None
+
+
 def _backend(dask: str):  # a context in which joblib uses that cluster
     "Joblib on a Dask cluster, or, with \"\", on this machine."
     if not dask:
@@ -809,6 +818,7 @@ def _backend(dask: str):  # a context in which joblib uses that cluster
     except ImportError:
         remedy = "distributed is not installed; pip install 'dask[distributed]'"
         raise ValueError(f"--dask {dask}: {remedy}") from None
+    _listening(dask)
     stack = contextlib.ExitStack()
     stack.enter_context(Client(dask, timeout=20))
     stack.enter_context(joblib.parallel_config(backend="dask", n_jobs=-1))
@@ -848,5 +858,5 @@ def main(
 # %% ../nbs/03a_train.ipynb #7c883b4f
 if __name__ == "__main__" and "__file__" in globals():  # as a script; a notebook is __main__ too
     from bas_repro.train import main  # by the module's name, under which the workers of a sweep find it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through _together: no worker lives on
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no worker lives on
     main()
