@@ -73,7 +73,6 @@ def test_a_parameter_shows_in_the_result(checkout, notebook, figure):
 
 SMOKE = ("-f", "params/04_cifar10/smoke.yaml")
 BAD = {
-    "unknown": (("-p", "gama", "0.1"), "unknown parameter 'gama': did you mean 'gamma'?"),
     "unknown beside a preset": ((*SMOKE, "-p", "gama", "0.1"), "unknown parameter 'gama': did you mean 'gamma'?"),
     "of no use beside a preset": ((*SMOKE, "-p", "gamma", "-0.1"), "gamma=-0.1: must be 0 or more"),
     "the former form of a preset": (("-p", "preset", "cpu"), "-f params/04_cifar10/cpu.yaml"),
