@@ -1,4 +1,4 @@
-"""Experiment notebooks through papermill, as users run them: parameters show in the results, bad ones are refused."""
+"""Experiment notebooks through papermill: parameters show in the results, bad ones are refused by name."""
 import json
 import os
 import shutil
@@ -31,9 +31,9 @@ def checkout(bare):
 
 def papermill(folder, notebook, *arguments):
     "What papermill says of a notebook run in this folder."
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{notebook}.ipynb", "x.ipynb", *arguments]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{notebook}.ipynb", "x.ipynb"]
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [*command, *arguments], cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -57,7 +57,7 @@ def files(folder):
 
 @pytest.mark.parametrize("notebook, figure", [("04_cifar10", "fig3a"), ("05_imagenet", "fig3b")])
 def test_a_parameter_shows_in_the_result(checkout, notebook, figure):
-    "What -p gives wins over -f; the study's own folder has the figures, and no stored record or figure is touched."
+    "What -p gives wins over -f; the study's folder has the figures, and no stored file is touched."
     before = files(checkout / "outputs")
     arguments = ("-f", f"params/{notebook}/smoke.yaml", "-p", "gamma", "0.2", "-p", "run", "mine")
     done = papermill(checkout, notebook, *arguments)
@@ -105,7 +105,7 @@ def test_the_front_page_is_fresh(checkout):
     printed = []
     for path in (checkout / "x.ipynb", ROOT / "nbs" / "index.ipynb"):
         outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
-        printed.append(["".join(output.get("text", "")) for output in outputs if output.get("name") == "stdout"])
+        printed.append(["".join(output["text"]) for output in outputs if output.get("name") == "stdout"])
     assert printed[0] == printed[1]
 
 
@@ -113,7 +113,8 @@ def test_the_page_of_claims_is_fresh(checkout, tell):
     "Every claim's numbers and verdict are what the records say now."
     ran = papermill(checkout, "09_claims")
     assert ran.returncode == 0, ran.stderr
-    ours, stored = (pd.read_csv(root / "outputs" / "09_claims" / "all" / "claims.csv") for root in (checkout, ROOT))
+    file = Path("outputs") / "09_claims" / "all" / "claims.csv"
+    ours, stored = (pd.read_csv(root / file) for root in (checkout, ROOT))
     pd.testing.assert_frame_equal(ours, stored)
     assert stored.columns.tolist() == ["place", "claim", "paper", "ours", "setting", "n", "verdict", "why"]
     tell("claims: " + ", ".join(f"{n} {verdict}" for verdict, n in stored.verdict.value_counts().items()))
