@@ -33,7 +33,8 @@ def papermill(folder, notebook, *arguments):
     "What papermill says of a notebook run in this folder."
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{notebook}.ipynb", "x.ipynb"]
     return subprocess.run(
-        [*command, *arguments], cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [*command, *arguments], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -73,11 +74,12 @@ def test_a_parameter_shows_in_the_result(checkout, notebook, figure):
 
 SMOKE = ("-f", "params/04_cifar10/smoke.yaml")
 BAD = {
-    "unknown beside a preset": ((*SMOKE, "-p", "gama", "0.1"), "unknown parameter 'gama': did you mean 'gamma'?"),
+    "unknown beside a preset": (
+        (*SMOKE, "-p", "gama", "0.1"), "unknown parameter 'gama': did you mean 'gamma'?"),
     "of no use beside a preset": ((*SMOKE, "-p", "gamma", "-0.1"), "gamma=-0.1: must be 0 or more"),
     "the former form of a preset": (("-p", "preset", "cpu"), "-f params/04_cifar10/cpu.yaml"),
     "a preset of another notebook": (
-        ("-f", "params/05_imagenet/smoke.yaml"), "this preset is for nbs/05_imagenet.ipynb, not for 04_cifar10"),
+        ("-f", "params/05_imagenet/smoke.yaml"), "preset is for nbs/05_imagenet.ipynb, not for 04_cifar10"),
 }
 
 
