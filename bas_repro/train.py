@@ -694,7 +694,7 @@ def _fit_saving(run: Run, model: nn.Module, splits: data.Splits, found: dict | N
 
     def after(state):
         nonlocal saved
-        if not quiet:
+        if not quiet and process()[0] == 0:
             tqdm.write(" ".join(f"{k}={v:.4g}" for k, v in state.log[-1].items() if v is not None))
         due = time.monotonic() - saved > SAVE_EVERY or len(state.log) in (until, epochs)
         if due and process()[0] == 0:

@@ -100,7 +100,7 @@ def torchrun(folder, **options):
     module = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BAS_SAVE_EVERY": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [*module, "bas_repro.train", "params/study/a.yaml"]
-    return subprocess.Popen(command, cwd=folder, env={**os.environ, **own}, start_new_session=True, **options)
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, **own}, **options)
 
 
 def test_torchrun_goes_on_where_it_was_killed(tmp_path):
@@ -112,7 +112,9 @@ def test_torchrun_goes_on_where_it_was_killed(tmp_path):
     while not (run.folder / "checkpoint.pt").exists():
         assert first.poll() is None
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
+    workers = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
+    for process in (first.pid, *map(int, workers)):  # each worker is in a session of its own
+        os.kill(process, signal.SIGKILL)
     first.wait()
     assert not (run.folder / "metrics.json").exists()
     second = torchrun(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
