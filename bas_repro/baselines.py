@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['DroppedBlock', 'AIGGate', 'aig50_targets', 'aig', 'aig_loss', 'FeedForwardGate', 'RecurrentGate', 'GuidedBlock',
            'skipnet', 'sampled', 'skipnet_loss', 'Guideline', 'GuidedGate', 'sgad', 'sgad_loss', 'Saliency', 'FBSBlock',
-           'fbs', 'set_density', 'fbs_lasso', 'always_open', 'static']
+           'fbs', 'set_density', 'fbs_lasso', 'always_open', 'pick', 'static']
 
 # %% ../nbs/02d_baselines.ipynb #8123b1b3
 import copy
-import itertools
 import math
 
 import torch
@@ -37,20 +36,13 @@ class DroppedBlock(nn.Module):
         convs = tuple(name for name in ("conv1", "conv2", "conv3") if hasattr(block, name))
         self.gated = [(convs, ())]  # per gate: layers whose outputs it closes, layers whose inputs it closes
 
-    def branch(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-    ) -> torch.Tensor:  # (N, C_out, H', W')
-        "The convolutions F: what a closed gate saves."
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        "The convolutions F, to (N, C_out, H', W'): what a closed gate saves."
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return self.bn3(self.conv3(self.relu(out))) if hasattr(self, "conv3") else out
 
-    def run(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-        gate: Gate,  # value (N, 1)
-    ) -> torch.Tensor:  # (N, C_out, H', W')
-        "The block with its gate decided."
+    def run(self, x: torch.Tensor, gate: Gate) -> torch.Tensor:
+        "The block with its gate (N, 1) decided."
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(masked(self.branch(x), gate) + shortcut)
 
@@ -63,10 +55,8 @@ class DroppedBlock(nn.Module):
         return self.run(x, gate), [gate]
 
 # %% ../nbs/02d_baselines.ipynb #44dc8fb5
-def _plain_blocks(
-    model: nn.Module,  # plain: torchvision's ResNet, ImageNetResNet or CifarResNet
-) -> dict[str, BasicBlock | Bottleneck]:  # name in model.named_modules() → block, in the order of execution
-    "The residual blocks of a plain network."
+def _plain_blocks(model: nn.Module) -> dict[str, BasicBlock | Bottleneck]:
+    "The residual blocks of a plain network: their names in model.named_modules(), in the order of execution."
     if type(model) not in (ResNet, ImageNetResNet, CifarResNet):
         raise TypeError(f"torchvision's ResNet and CifarResNet can be converted, not {type(model).__name__}")
     if gated_layers(model):
@@ -75,11 +65,8 @@ def _plain_blocks(
     return {name: module for name, module in model.named_modules() if type(module) in kinds}
 
 # %% ../nbs/02d_baselines.ipynb #20409123
-def _with_blocks(
-    model: nn.Module,  # plain; changed in place
-    blocks: dict[str, nn.Module],  # name in model.named_modules() → the new block
-) -> nn.Module:  # the same object
-    "Replace blocks of a network; new layers take its device, precision and mode."
+def _with_blocks(model: nn.Module, blocks: dict[str, nn.Module]) -> nn.Module:
+    "Replace blocks of a network, by name; new layers take its device, precision and mode."
     for name, block in blocks.items():
         model.set_submodule(name, block.to(model.conv1.weight).train(model.training))
     if type(model) is ResNet:
@@ -87,20 +74,14 @@ def _with_blocks(
     return model
 
 # %% ../nbs/02d_baselines.ipynb #a429da44
-def _gumbel_noise(
-    u: torch.Tensor,  # any shape: uniform samples, 0 to 1
-) -> torch.Tensor:  # the same shape: samples of the standard Gumbel distribution, always finite
-    "-ln(-ln u), the noise of the Gumbel-max trick."
+def _gumbel_noise(u: torch.Tensor) -> torch.Tensor:
+    "-ln(-ln u) of uniform samples u, 0 to 1: the noise of the Gumbel-max trick, always finite."
     eps = torch.finfo(u.dtype).eps
     return -torch.log(-torch.log(u.clamp(eps, 1 - eps)))
 
 # %% ../nbs/02d_baselines.ipynb #53cd0d65
-def _gumbel_choice(
-    pair: torch.Tensor,  # (N, 2) scores of skip (0) and execute (1)
-    noise: torch.Tensor,  # (N, 2) Gumbel noise; zeros for none
-    tau: float = 1.0,  # temperature of the backward pass, above 0
-) -> torch.Tensor:  # (N, 1) exactly 0 or 1, with the gradient of the softmax's second entry
-    "The straight-through Gumbel softmax of two outcomes (Veit & Belongie, 2018)."
+def _gumbel_choice(pair: torch.Tensor, noise: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+    "Straight-through Gumbel softmax (Veit & Belongie, 2018): scores of skip and execute, to 0/1 (N, 1)."
     noisy = pair + noise
     soft = torch.softmax(noisy / tau, dim=1)[:, 1:]
     hard = (noisy[:, 1:] > noisy[:, :1]).to(soft.dtype)
@@ -139,10 +120,7 @@ def aig50_targets(
     return [1, 1, 0.8, 1, t, t, t, 1, t, t, t, t, t, 1, 0.7, 1]
 
 # %% ../nbs/02d_baselines.ipynb #06ead129
-def _block_rates(
-    targets: float | list[float],  # one rate for all blocks, or one a block; above 0 to 1
-    blocks: int,  # residual blocks of the network
-) -> list[float]:  # one a block
+def _block_rates(targets: float | list[float], blocks: int) -> list[float]:
     "Target rates block by block."
     rates = [targets] * blocks if isinstance(targets, (int, float)) else list(targets)
     if len(rates) != blocks:
@@ -179,11 +157,8 @@ def aig_loss(
     return c * (shares.new_tensor(rates) - shares).square().mean()
 
 # %% ../nbs/02d_baselines.ipynb #1caffa12
-def _decide(
-    logits: torch.Tensor,  # (N, 1) score of execute minus score of skip
-    sample: bool,  # draw the decisions (the reinforcement stage), or compare with one half
-) -> Gate:  # logits and values (N, 1); sampled values carry no gradient
-    "SkipNet's decision: hard forward with a softmax's gradient, or sampled."
+def _decide(logits: torch.Tensor, sample: bool) -> Gate:
+    "SkipNet's decision (N, 1): hard forward with a softmax's gradient, or sampled, without gradient."
     if sample:
         return Gate(logits, torch.bernoulli(torch.sigmoid(logits.detach())))
     return Gate(logits, straight_through(logits, torch.zeros_like(logits), 1.0))
@@ -219,20 +194,13 @@ class FeedForwardGate(nn.Module):
 class _Memory(nn.Module):
     "One step of an LSTM and the score that it gives, shared by all blocks of a recurrent SkipNet."
 
-    def __init__(
-        self,
-        hidden: int = 10,  # numbers that go in, and units
-    ):
+    def __init__(self, hidden: int = 10):
         super().__init__()
         self.input, self.recurrent = nn.Linear(hidden, 4 * hidden), nn.Linear(hidden, 4 * hidden)
         self.score = nn.Linear(hidden, 1)
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, hidden) the projected features
-        state: tuple[torch.Tensor, torch.Tensor],  # after the block before: h and c, (N, hidden) each
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:  # logits (N, 1), and the new state
-        "Remember and score."
+    def forward(self, x: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple]:
+        "Remember, and score: from (N, hidden) and the state h, c before to logits (N, 1) and the new state."
         h, c = state
         i, f, g, o = (self.input(x) + self.recurrent(h)).chunk(4, dim=1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -277,27 +245,18 @@ class GuidedBlock(DroppedBlock):
 
 # %% ../nbs/02d_baselines.ipynb #a7339f11
 class _Guided:
-    "A residual network's forward pass with a state from block to block; stands before the network's class."
+    "Runs a residual network's blocks with a state from block to block; stands before the network's class."
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, C, H, W) normalised images
-        return_gates: bool = False,  # also return the list of gates
-    ) -> torch.Tensor | tuple[torch.Tensor, list[Gate]]:  # logits (N, num_classes), or (logits, gates)
-        "Classify a batch of images."
-        x = self.relu(self.bn1(self.conv1(x)))
-        if hasattr(self, "maxpool"):  # CIFAR's networks have none
-            x = self.maxpool(x)
-        stages = [stage for name, stage in self.named_children() if name.startswith("layer")]
+    def run(self, blocks: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, list[Gate]]:
+        "Features (N, C, H, W) through the blocks, and all gates in the order of execution."
         gates, state = [], self.guide(x)
-        for block in itertools.chain(*stages):
+        for block in blocks:
             if isinstance(block, GuidedBlock):
                 x, new, state = block(x, state)
                 gates += new
             else:
                 x = block(x)
-        x = self.fc(torch.flatten(self.avgpool(x), 1))
-        return (x, gates) if return_gates else x
+        return x, gates
 
 # %% ../nbs/02d_baselines.ipynb #1008975f
 class _GuidedCifarResNet(_Guided, CifarResNet):
@@ -307,12 +266,8 @@ class _GuidedImageNetResNet(_Guided, ImageNetResNet):
     "An ImageNetResNet whose gates share a state."
 
 # %% ../nbs/02d_baselines.ipynb #b9dade53
-def _guided(
-    model: nn.Module,  # plain; changed in place
-    guide: nn.Module,  # from the stem's features (N, C, H, W) to the first state
-    gatings: dict[str, nn.Module],  # name of a block → its gate, from (features, state) to (Gate, state)
-) -> nn.Module:  # the same object
-    "Give blocks of a network gates that share a state."
+def _guided(model: nn.Module, guide: nn.Module, gatings: dict[str, nn.Module]) -> nn.Module:
+    "Give blocks of a network, by name, gates that share a state; `guide` makes the first from the stem."
     blocks = _plain_blocks(model)
     _with_blocks(model, {name: GuidedBlock(blocks[name], gating) for name, gating in gatings.items()})
     model.guide = guide.to(model.conv1.weight).train(model.training)
@@ -323,18 +278,12 @@ def _guided(
 class _Empty(nn.Module):
     "The empty memory at the start of a recurrent SkipNet."
 
-    def __init__(
-        self,
-        hidden: int,  # units of the memory
-    ):
+    def __init__(self, hidden: int):
         super().__init__()
         self.hidden = hidden
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, C, H, W)
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # (N, hidden) each, float32 at least
-        "Zeros, one row an image."
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Zeros (N, hidden) twice, float32 at least."
         zeros = x.new_zeros(x.shape[0], self.hidden, dtype=torch.promote_types(x.dtype, torch.float32))
         return zeros, zeros
 
@@ -464,11 +413,8 @@ def sgad_loss(
     return gamma * (easy * share).mean()
 
 # %% ../nbs/02d_baselines.ipynb #1bacb8a4
-def _winners(
-    g: torch.Tensor,  # (N, C) saliencies
-    density: float,  # share of channels to keep, above 0 to 1
-) -> torch.Tensor:  # (N, C) exactly ⌈density · C⌉ ones a row, else zeros; no gradient
-    "The mask of FBS: the most salient channels of each image."
+def _winners(g: torch.Tensor, density: float) -> torch.Tensor:
+    "The mask of FBS (N, C): ⌈density · C⌉ ones a row, at the highest saliencies; no gradient."
     k = math.ceil(density * g.shape[1] - 1e-9)  # 0.7 · 10 is a little over 7 in floating point
     return torch.zeros_like(g).scatter(1, g.detach().topk(k, dim=1).indices, 1.0)
 
@@ -501,21 +447,15 @@ class Saliency(nn.Module):
                 g = g * (g.shape[1] / g.sum(1, keepdim=True).clamp_min(1e-6))
             return Gate(g, _winners(g, self.density))
 
-    def boost(
-        self,
-        out: torch.Tensor,  # (N, C, H, W) normalised features
-        gate: Gate,  # logits: g; value: m; (N, C) each
-    ) -> torch.Tensor:  # (N, C, H, W)
-        "m · (g · out + beta), in the precision of `out`."
+    def boost(self, out: torch.Tensor, gate: Gate) -> torch.Tensor:
+        "m · (g · out + beta) for normalised features (N, C, H, W), in the precision of `out`."
         g = gate.logits.to(out.dtype)[:, :, None, None]
         shift = self.shift.to(out.dtype)[:, None, None]
         return masked(g * out + shift, gate)
 
 # %% ../nbs/02d_baselines.ipynb #5bd0ba8d
-def _without_affine(
-    bn: nn.BatchNorm2d,  # with scale and shift
-) -> nn.BatchNorm2d:  # with the same statistics, without scale and shift
-    "FBS's BN₀."
+def _without_affine(bn: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    "FBS's BN₀: the same statistics, without scale and shift."
     new = nn.BatchNorm2d(bn.num_features, bn.eps, bn.momentum, affine=False)
     new.load_state_dict({name: t for name, t in bn.state_dict().items() if name not in ("weight", "bias")})
     return new
@@ -560,13 +500,8 @@ class FBSBlock(nn.Module):
 
 # %% ../nbs/02d_baselines.ipynb #f16f2a12
 @torch.no_grad()
-def _take_over(
-    conv: nn.Conv2d,  # the convolution; filters of negative scale change their sign
-    bn0: nn.BatchNorm2d,  # its normalization without scale and shift; means change their sign likewise
-    gating: Saliency,  # its predictor, set to the old scale and shift
-    bn: nn.BatchNorm2d,  # the old normalization
-) -> None:
-    "Make a predictor say what the batch normalization said, for every image."
+def _take_over(conv: nn.Conv2d, bn0: nn.BatchNorm2d, gating: Saliency, bn: nn.BatchNorm2d) -> None:
+    "Set a predictor to the old normalization bn; filters and means of negative scale change their sign."
     sign = torch.where(bn.weight < 0, -1.0, 1.0).to(bn.weight)
     conv.weight.mul_(sign[:, None, None, None])
     bn0.running_mean.mul_(sign)
@@ -627,58 +562,49 @@ def always_open(
     return [gate.value.mean(0) > above for gate in gates]
 
 # %% ../nbs/02d_baselines.ipynb #18d5b850
-def _kept(
-    keep: torch.Tensor,  # bool (C,)
-) -> torch.Tensor:  # int64: the channels to keep, at least one
-    "Indices of the channels that stay; the first one if none does."
+def _kept(keep: torch.Tensor) -> torch.Tensor:
+    "Numbers of the channels that stay, bool (C,) to int64: the first one if none does."
     return keep.nonzero().flatten() if keep.any() else torch.zeros(1, dtype=torch.int64, device=keep.device)
 
 # %% ../nbs/02d_baselines.ipynb #1bd318b8
-def _cut(
-    conv: nn.Conv2d,  # in one group
-    outs: torch.Tensor | None,  # bool (C_out,): filters to keep; None: all
-    ins: torch.Tensor | None,  # bool (C_in,): inputs to keep; None: all
-) -> nn.Conv2d:  # a new one
-    "A convolution with some of its channels; where nothing would be left, one channel of zeros."
-    if conv.groups != 1:
-        raise ValueError(f"a convolution in {conv.groups} groups cannot be cut: use one without groups")
-    weight = conv.weight.detach()
-    for dim, keep in ((0, outs), (1, ins)):
-        if keep is not None:
-            weight = weight.index_select(dim, _kept(keep))
-            weight = torch.where(keep.any(), weight, 0)
-    outputs, inputs = weight.shape[:2]
-    new = nn.Conv2d(inputs, outputs, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False)
-    new.weight.data = weight
-    return new
-
-# %% ../nbs/02d_baselines.ipynb #89234747
-def _cut_norm(
-    bn: nn.BatchNorm2d,  # of C channels
-    outs: torch.Tensor | None,  # bool (C,): channels to keep; None: all
-) -> nn.BatchNorm2d:  # a new one
-    "A batch normalization with some of its channels."
-    i = slice(None) if outs is None else _kept(outs)
-    state = {name: t[i] if t.dim() else t for name, t in bn.state_dict().items()}
-    new = nn.BatchNorm2d(len(state["weight"]), bn.eps, bn.momentum)
-    new.load_state_dict(state)
-    return new
+def pick(
+    layer: nn.Module,  # Conv2d without groups, Linear or BatchNorm; left as it is
+    outs: torch.Tensor | None = None,  # (k,) int64: outputs to keep, in this order; None: all
+    ins: torch.Tensor | None = None,  # (k,) int64: inputs to keep, in this order; None: all
+) -> nn.Module:  # a narrower copy
+    "Keep some outputs and inputs of a layer."
+    layer, names = copy.deepcopy(layer), ("num_features",)
+    if isinstance(layer, nn.Conv2d):
+        names = "out_channels", "in_channels"
+        if layer.groups != 1:
+            raise ValueError(f"a convolution in {layer.groups} groups cannot be cut: use one without groups")
+    elif isinstance(layer, nn.Linear):
+        names = "out_features", "in_features"
+    for dim, kept in enumerate((outs, ins)):
+        if kept is None:
+            continue
+        setattr(layer, names[dim], len(kept))
+        for t in [*layer.parameters(), *layer.buffers()]:
+            if t.dim() > dim:
+                t.data = t.data.index_select(dim, kept.to(t.device))
+    return layer
 
 # %% ../nbs/02d_baselines.ipynb #76476b58
-def _static_block(
-    block: GatedBasicBlock | GatedBottleneck,  # left untouched
-    keep: list[torch.Tensor],  # bool (C,), one for each of its gates
-) -> BasicBlock | Bottleneck:  # plain, with new layers
-    "The plain block that a gated one is when its gates always say `keep`."
-    outs = {name: k for (outputs, _), k in zip(block.gated, keep) for name in outputs}
-    ins = {name: k for (_, inputs), k in zip(block.gated, keep) for name in inputs}
+def _static_block(block: nn.Module, keep: list[torch.Tensor]) -> BasicBlock | Bottleneck:
+    "The plain block, of new layers, that a gated one is when its gates always say `keep`, bool (C,) each."
     new = Bottleneck(4, 1) if hasattr(block, "conv3") else BasicBlock(1, 1)  # its layers are replaced
-    new.relu, new.downsample = block.relu, copy.deepcopy(block.downsample)
-    for i in (1, 2, 3) if hasattr(block, "conv3") else (1, 2):
-        conv, bn = block.get_submodule(f"conv{i}"), block.get_submodule(f"bn{i}")
-        setattr(new, f"conv{i}", _cut(conv, outs.get(f"conv{i}"), ins.get(f"conv{i}")))
-        setattr(new, f"bn{i}", _cut_norm(bn, outs.get(f"conv{i}")))
-    return new.to(block.conv1.weight).train(block.training)
+    for name, layer in copy.deepcopy(block).named_children():
+        if not name.startswith("gating"):
+            setattr(new, name, layer)
+    for (outputs, inputs), mask in zip(block.gated, keep):
+        for name in (*outputs, *(name.replace("conv", "bn") for name in outputs)):
+            setattr(new, name, pick(getattr(new, name), _kept(mask)))
+        for name in inputs:
+            setattr(new, name, pick(getattr(new, name), None, _kept(mask)))
+        if not mask.any():
+            for name in (*outputs, *inputs):
+                getattr(new, name).weight.data.zero_()
+    return new.train(block.training)
 
 # %% ../nbs/02d_baselines.ipynb #e6a4bc6c
 def static(

@@ -17,26 +17,19 @@ from torch import Tensor, nn
 
 # %% ../nbs/01_batch_shaping.ipynb #d739d261
 @torch.library.custom_op("bas_repro::argsort", mutates_args=(), device_types="cpu")
-def _argsort(
-    x: Tensor,  # (…, N) float32 or float64, on the CPU
-) -> Tensor:  # (…, N) int64
-    "The order that sorts the last dimension of `x`; equal values come in any order."
+def _argsort(x: Tensor) -> Tensor:
+    "The order (…, N) int64 that sorts the last dimension of x, on the CPU; equal values in any order."
     return torch.from_numpy(np.argsort(x.numpy(), axis=-1))
 
 # %% ../nbs/01_batch_shaping.ipynb #1185e97e
 @_argsort.register_fake
-def _argsort_shape(
-    x: Tensor,  # (…, N) without values
-) -> Tensor:  # (…, N) int64, without values
-    "What `_argsort` gives, for tracing."
+def _argsort_shape(x: Tensor) -> Tensor:
+    "What `_argsort` gives, without values, for tracing."
     return torch.empty_like(x, dtype=torch.int64)
 
 # %% ../nbs/01_batch_shaping.ipynb #52709cfd
-def _ranks(
-    x: Tensor,  # (N, *features) samples
-    ties: str = "ordinal",  # how equal samples rank: "ordinal", "average" or "max"
-) -> Tensor:  # (N, *features) ranks from 1 to N, the dtype of `x`, without gradient
-    "The rank of each sample among the N samples of its feature; i of Eq. 2 for the sample x*_i."
+def _ranks(x: Tensor, ties: str = "ordinal") -> Tensor:
+    "The rank, 1 to N, of each sample (N, *features) of its feature: i of Eq. 2 for the sample x*_i."
     rows = x.detach().movedim(0, -1).contiguous()
     order = _argsort(rows) if rows.device.type == "cpu" else rows.argsort(-1)
     if ties == "ordinal":
@@ -50,12 +43,8 @@ def _ranks(
     return rank.to(x.dtype).movedim(-1, 0)
 
 # %% ../nbs/01_batch_shaping.ipynb #d22d126d
-def _positive(
-    name: str,  # the argument's name, for the message
-    value: float | Tensor,  # looked at on the CPU only and not in compiled code, where that would cost time
-    below: float = float("inf"),  # the value must also be smaller than this
-) -> float | Tensor:  # `value`
-    "Refuse a parameter that is not above 0 and below `below`."
+def _positive(name: str, value: float | Tensor, below: float = float("inf")) -> float | Tensor:
+    "Refuse a parameter that is not above 0 and below `below`; tensors are looked at only where it is cheap."
     if isinstance(value, Real):
         good = 0 < value < below
     elif torch.compiler.is_compiling() or value.device.type != "cpu":
@@ -68,21 +57,16 @@ def _positive(
     return value
 
 # %% ../nbs/01_batch_shaping.ipynb #015a7836
-def _like(
-    x: Tensor,  # samples
-    *values: float | Tensor,  # parameters of a prior
-) -> list[Tensor]:  # the parameters, each of its own shape
-    "The parameters as tensors of the dtype of `x`, on its device."
+def _like(x: Tensor, *values: float | Tensor) -> list[Tensor]:
+    "Parameters of a prior as tensors of the dtype of x, on its device, each of its own shape."
     return [
         v.to(x.dtype) if isinstance(v, Tensor) else torch.full((), v, dtype=x.dtype, device=x.device)
         for v in values
     ]
 
 # %% ../nbs/01_batch_shaping.ipynb #d7364aaf
-def _safe_log(
-    x: Tensor,  # any shape, at least 0
-) -> Tensor:  # the same shape, finite
-    "ln x, where 0 counts as the smallest normal number."
+def _safe_log(x: Tensor) -> Tensor:
+    "ln x of x >= 0, where 0 counts as the smallest normal number."
     return x.clamp(min=torch.finfo(x.dtype).tiny).log()
 
 # %% ../nbs/01_batch_shaping.ipynb #fec9e7d9
@@ -111,12 +95,8 @@ class Prior:
         "ln f(x), the logarithm of the density; its gradient is PyTorch's."
         raise NotImplementedError
 
-    def _cdf(
-        self,
-        x: Tensor,  # (N, *features) samples without gradient, float32 only where `single` is true
-        log_f: Tensor,  # (N, *features) ln f(x), at hand for those who need it
-    ) -> Tensor:  # (N, *features), 0 to 1, with the gradient in the parameters
-        "F(x)."
+    def _cdf(self, x: Tensor, log_f: Tensor) -> Tensor:
+        "F(x), with the gradient in the parameters; x (N, *features) is float32 only where `single` is true."
         raise NotImplementedError
 
     def __repr__(self):
@@ -184,10 +164,8 @@ class RelaxedBernoulli(Prior):
     ):
         self.p, self.tau = _positive("p", p, below=1), _positive("tau", tau)
 
-    def _parts(
-        self,
-        x: Tensor,  # (N, *features) in [0, 1]
-    ) -> tuple[Tensor, Tensor]:  # (N, *features) u and v above
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "u and v above."
         p, tau = _like(x, self.p, self.tau)
         return (1 - p) * x.pow(tau), p * (1 - x).pow(tau)
 
@@ -211,10 +189,8 @@ class Kumaraswamy(Prior):
     ):
         self.a, self.b = _positive("a", a), _positive("b", b)
 
-    def _log_rest(
-        self,
-        x: Tensor,  # (N, *features) in [0, 1]
-    ) -> Tensor:  # (N, *features) ln(1 - x^a)
+    def _log_rest(self, x: Tensor) -> Tensor:
+        "ln(1 - x^a)."
         return _safe_log(-torch.expm1(_like(x, self.a)[0] * _safe_log(x)))
 
     def log_prob(self, x):
@@ -225,15 +201,10 @@ class Kumaraswamy(Prior):
         return -torch.expm1(_like(x, self.b)[0] * self._log_rest(x))
 
 # %% ../nbs/01_batch_shaping.ipynb #bf343ca7
-def _beta_fraction(
-    x: Tensor | np.ndarray,  # any shape, 0 to (a + 1)/(a + b + 2)
-    a: Tensor | np.ndarray | float,  # above 0; broadcasts with `x`
-    b: Tensor | np.ndarray | float,  # above 0; broadcasts with `x`
-    terms: int = 24,  # pairs of terms
-) -> Tensor | np.ndarray:  # the shape of all three
-    "h of I_x(a, b) = x(1 - x) f(x) h / a, a continued fraction (DLMF 8.17.22)."
+def _beta_fraction(x: Tensor | np.ndarray, a, b, terms: int = 24) -> Tensor | np.ndarray:
+    "h of I_x(a, b) = x(1 - x) f(x) h / a, x to (a + 1)/(a + b + 2): a continued fraction (DLMF 8.17.22)."
     h = 1.
-    for m in range(terms, 0, -1):
+    for m in range(terms, 0, -1):  # pairs of terms
         n = a + 2 * m
         h = 1 + m * (b - m) / ((n - 1) * n) * x / h
         h = 1 - (n - m - 1) * (n + b - m - 1) / ((n - 2) * (n - 1)) * x / h
@@ -258,12 +229,8 @@ def betainc(
     return torch.where(low, lower, 1 - upper).to(x.dtype)
 
 # %% ../nbs/01_batch_shaping.ipynb #ab8df418
-def _fit_fraction(
-    a: float | np.ndarray,  # above 0: one number, or one a feature
-    b: float | np.ndarray,  # above 0, the shape of `a`
-    degree: int,  # of the polynomial
-) -> np.ndarray:  # (degree + 1, *features) coefficients, the highest power first
-    "The polynomial through h(x)/a at the Chebyshev points of 0 to (a + 1)/(a + b + 2)."
+def _fit_fraction(a: float | np.ndarray, b: float | np.ndarray, degree: int) -> np.ndarray:
+    "The polynomial through h(x)/a at the Chebyshev points of 0 to (a + 1)/(a + b + 2), highest power first."
     power = np.arange(degree, -1, -1)
     t = (1 + np.cos(np.pi * (power + 0.5) / (degree + 1))) / 2
     column = (-1,) + (1,) * np.ndim(a)
@@ -272,24 +239,16 @@ def _fit_fraction(
     return np.tensordot(np.linalg.inv(np.vander(t)), values, 1) / end ** power.reshape(column)
 
 # %% ../nbs/01_batch_shaping.ipynb #943fbafa
-def _polynomial(
-    coefficients: list,  # numbers or tensors that broadcast with `x`, the highest power first
-    x: Tensor,  # any shape, without gradient: the sum is built in place
-) -> Tensor:  # the shape of `x`
-    "The polynomial at `x`, by Horner's rule."
+def _polynomial(coefficients: list, x: Tensor) -> Tensor:
+    "The polynomial at x by Horner's rule, in place, the highest power first; x has no gradient."
     value = coefficients[0] * x
     for c in coefficients[1:-1]:
         value.add_(c).mul_(x)
     return value.add_(coefficients[-1])
 
 # %% ../nbs/01_batch_shaping.ipynb #fff6c3e8
-def _fitted_cdf(
-    x: Tensor,  # any shape, in [0, 1], without gradient
-    log_f: Tensor,  # the shape of `x`: ln f(x)
-    fits: list,  # two polynomials, the coefficients of h(x)/a in x and of h(1 - x)/b in 1 - x
-    split: float | Tensor,  # where the second takes over
-) -> Tensor:  # the shape of `x`, 0 to 1
-    "I_x(a, b) from the polynomials of its fractions."
+def _fitted_cdf(x: Tensor, log_f: Tensor, fits: list, split: float | Tensor) -> Tensor:
+    "I_x(a, b) from the polynomials of its fractions, the second from `split` on; log_f: ln f(x)."
     y = 1 - x
     t = log_f.exp().mul_(x).mul_(y)
     lower = _polynomial(fits[0], x).mul_(t)
@@ -344,14 +303,7 @@ class Beta(Prior):
         return _fitted_cdf(x, log_f, self._fits, (self.a + 1) / (self.a + self.b + 2))
 
 # %% ../nbs/01_batch_shaping.ipynb #164d3a88
-def _check_arguments(
-    x: Tensor,  # this and the rest: as `batch_shaping_loss` was given it
-    lam: float | Tensor,  # a tensor is not looked at
-    dim: int,  # a dimension of `x`
-    reduction: str,  # a known one
-    ties: str,  # a known treatment
-    clip: tuple[float, float] | None,  # low and high bound
-):
+def _check_arguments(x: Tensor, lam: float | Tensor, dim: int, reduction: str, ties: str, clip):
     "Raise one line that names the argument that is wrong, its value, and what would be right."
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
@@ -371,10 +323,7 @@ def _check_arguments(
         raise ValueError(f"clip must be (low, high) with 0 <= low < high, got {clip}")
 
 # %% ../nbs/01_batch_shaping.ipynb #5eaa9902
-def _check_prior(
-    prior: Prior,  # its parameters are numbers or tensors
-    features: tuple[int, ...],  # shape of the features, without the samples
-):
+def _check_prior(prior: Prior, features: tuple[int, ...]):
     "Raise one line on parameters that are neither one for all features nor one for each."
     for name, value in vars(prior).items():
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
@@ -383,10 +332,7 @@ def _check_prior(
             raise ValueError(f"prior must have {wanted}, got shape {shape}")
 
 # %% ../nbs/01_batch_shaping.ipynb #0b025c64
-def _check_values(
-    x: Tensor,  # (N, *features) samples
-    prior: Prior,  # its `support`, where it has one, must hold the samples
-):
+def _check_values(x: Tensor, prior: Prior):
     "Raise one line on samples that are not finite or lie outside the support of the prior."
     least, most = x.amin(0), x.amax(0)  # of each feature; NaN if one of the samples is
     if not (least.isfinite() & most.isfinite()).all():

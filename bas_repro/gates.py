@@ -91,9 +91,10 @@ class GatingModule(nn.Module):
 # %% ../nbs/02_gates.ipynb #3957d4e3
 def all_logits(
     gates: list[Gate],  # one a gated layer, in the order of execution
-) -> torch.Tensor:  # (N, K) float32: the logits of all K gates of the network
+) -> torch.Tensor:  # (N, K) float32, or float64 where they are: the logits of all K gates of the network
     "The noise-free logits of a whole network side by side, so that one call shapes or prices all of them."
-    return torch.cat([gate.logits.to(torch.promote_types(gate.logits.dtype, torch.float32)) for gate in gates], dim=1)
+    logits = torch.cat([gate.logits for gate in gates], dim=1)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 # %% ../nbs/02_gates.ipynb #2498b99f
 def l0_loss(

@@ -20,20 +20,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from . import native, triton_kernel
-from .baselines import DroppedBlock, FBSBlock, GuidedBlock
+from .baselines import DroppedBlock, FBSBlock, GuidedBlock, pick
 from .gates import Gate, GatingModule
 from .resnet import GatedBasicBlock, GatedBottleneck, gated_layers
-
-# %% ../nbs/03b_inference.ipynb #eb953502
-def _out_size(
-    size: int,  # pixels of the input
-    kernel: int,  # pixels of the kernel
-    stride: int,  # pixels
-    padding: int,  # pixels a side
-    dilation: int = 1,  # pixels from one tap to the next
-) -> int:  # pixels of the output
-    "Pixels along one side of a convolution's output."
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 # %% ../nbs/03b_inference.ipynb #83bbea85
 def _convolve(
@@ -59,25 +48,18 @@ def _convolve(
     return F.relu(out) if relu else out
 
 # %% ../nbs/03b_inference.ipynb #a274b8c7
-def _open_channels(
-    value: torch.Tensor,  # (C,) 0 or 1
-    step: int = 8,  # round the number of channels up to a multiple of this
-) -> torch.Tensor | None:  # (k,) int64 indices, C standing for filler; None: all channels are open
-    "Which channels to compute."
+def _open_channels(value: torch.Tensor, step: int = 8) -> torch.Tensor | None:
+    "Which channels to compute: their numbers, and fillers up to a multiple of `step`; None: all are open."
     index = value.nonzero()[:, 0]
     if len(index) == len(value):
         return None
     return F.pad(index, (0, -len(index) % step), value=len(value))
 
 # %% ../nbs/03b_inference.ipynb #14ed6324
-def _constant(
-    x: torch.Tensor,  # (N, any number of channels, H, W): of interest is only its size
-    bias: torch.Tensor,  # (k,)
-    shape: tuple,  # kernel, stride, padding and dilation, each of both sides
-    relu: bool = False,  # apply a ReLU
-) -> torch.Tensor:  # (N, k, H', W')
-    "What a convolution gives where all of its input is zero."
-    size = map(_out_size, x.shape[2:], *shape)
+def _constant(x: torch.Tensor, bias: torch.Tensor, shape: tuple, relu: bool = False) -> torch.Tensor:
+    "What a convolution of this kernel, stride, padding and dilation gives where all its input is zero."
+    rows = zip(x.shape[2:], *shape)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows]
     out = bias[:, None, None].expand(len(x), -1, *size).contiguous(memory_format=torch.channels_last)
     return F.relu(out) if relu else out
 
@@ -127,12 +109,7 @@ class _Conv(nn.Module):
 class _GroupedConv(nn.Module):
     "A grouped convolution as one `_Conv` a group."
 
-    def __init__(
-        self,
-        conv: nn.Conv2d,  # with groups; left as it is
-        bn: nn.BatchNorm2d,  # the batch normalization behind it, in evaluation mode
-        relu: bool = False,  # apply a ReLU at the end
-    ):
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: bool = False):
         super().__init__()
         fused, self.parts = fuse_conv_bn_eval(conv, bn), nn.ModuleList()
         self.inputs, self.outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
@@ -158,87 +135,59 @@ class _GroupedConv(nn.Module):
         return torch.cat([part(*row) for part, *row in zip(self.parts, pieces, outs, ins)], dim=1)
 
 # %% ../nbs/03b_inference.ipynb #da5f235a
-def _sliced(
-    conv: nn.Conv2d,  # left as it is
-    bn: nn.BatchNorm2d,  # the batch normalization behind it, in evaluation mode
-    relu: bool = False,  # apply a ReLU at the end
-    columns: bool = False,  # store it for choosing inputs, where it has no groups
-) -> nn.Module:  # called with (x, outs, ins)
-    "A convolution that computes only the channels asked for."
+def _sliced(conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: bool = False, columns: bool = False) -> nn.Module:
+    "A convolution, its BatchNorm folded in, called with (x, outs, ins) as above."
     return _Conv(conv, bn, relu, columns) if conv.groups == 1 else _GroupedConv(conv, bn, relu)
 
 # %% ../nbs/03b_inference.ipynb #4b2bfbe9
 class _LeanGating(nn.Module):
     "A GatingModule in evaluation mode: pool, linear with its BatchNorm folded in, ReLU, linear, threshold."
 
-    def __init__(
-        self,
-        gating: GatingModule,  # in evaluation mode; left as it is
-    ):
+    def __init__(self, gating: GatingModule):
         super().__init__()
         self.fc1, self.fc2 = fuse_linear_bn_eval(gating.fc1, gating.bn), copy.deepcopy(gating.fc2)
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-    ) -> Gate:  # logits and values (N, C)
+    def forward(self, x: torch.Tensor) -> Gate:
         "Decide which gates to open."
         logits = self.fc2(F.relu_(self.fc1(F.avg_pool2d(x, x.shape[2:]).flatten(1))))
         return Gate(logits, (logits > 0).to(logits.dtype))
 
 # %% ../nbs/03b_inference.ipynb #ee135e56
 class _Forced(nn.Module):
-    "A gating module whose gates take given values."
+    "A gating module whose gates take given values, (N, C) 0 or 1 for batches of N images; it still runs."
 
-    def __init__(
-        self,
-        gating: nn.Module,  # it still runs, and its logits are kept
-        value: torch.Tensor,  # (N, C) 0 or 1, for batches of N images
-    ):
+    def __init__(self, gating: nn.Module, value: torch.Tensor):
         super().__init__()
         self.gating = gating
         self.register_buffer("value", value, persistent=False)
         if hasattr(gating, "boost"):  # FBS's predictors also scale features
             self.boost = gating.boost
 
-    def forward(
-        self,
-        *args,  # what the gating module takes
-    ):  # what the gating module gives, with other values
-        "Run the gating module, and answer with the given values."
+    def forward(self, *args):
+        "What the gating module gives, its logits included, with the given values."
         out = self.gating(*args)
-        return self.forced(out) if isinstance(out, Gate) else (self.forced(out[0]), *out[1:])
-
-    def forced(
-        self,
-        gate: Gate,  # of N images
-    ) -> Gate:  # the same logits
-        "The gate with the given values."
-        if len(gate.logits) != len(self.value):
-            raise ValueError(f"{len(gate.logits)} images, but force() was given masks for {len(self.value)}")
-        return Gate(gate.logits, self.value.to(gate.logits))
+        gate, *rest = [out] if isinstance(out, Gate) else out
+        given = len(gate.logits)
+        if given != len(self.value):
+            raise ValueError(f"{given} images, but force() was given masks for {len(self.value)}")
+        gate = Gate(gate.logits, self.value.to(gate.logits))
+        return (gate, *rest) if rest else gate
 
 # %% ../nbs/03b_inference.ipynb #68b35a46
-def _unforced(
-    gating: nn.Module,  # a gating module, forced or not
-) -> nn.Module:  # the module that decides by itself
-    "The gating module behind given values."
+def _unforced(gating: nn.Module) -> nn.Module:
+    "The gating module behind given values, or the module itself."
     return gating.gating if isinstance(gating, _Forced) else gating
 
 # %% ../nbs/03b_inference.ipynb #4cb9c7f5
-def _lean(
-    gating: nn.Module,  # any gating module, in evaluation mode; left as it is
-) -> nn.Module:  # one that decides alike
+def _lean(gating: nn.Module) -> nn.Module:
     "The cheapest module that decides as this one."
     if isinstance(gating, _Forced):
         return _Forced(_lean(gating.gating), gating.value)
     return _LeanGating(gating) if isinstance(gating, GatingModule) else gating
 
 # %% ../nbs/03b_inference.ipynb #59fd9410
-def _gatings(
-    block: nn.Module,  # a block with an attribute `gated`
-) -> list[str]:  # names of its gating modules, in the order of execution
-    "The gating modules of a block: one for all of its gates, or one each."
+def _gatings(block: nn.Module) -> list[str]:
+    "Names of a block's gating modules, one for all of its gates or one each, in the order of execution."
     return [name for name in ("gating", "gating2", "gating3") if getattr(block, name, None) is not None]
 
 # %% ../nbs/03b_inference.ipynb #04e2fab4
@@ -266,9 +215,7 @@ def force(
     return model
 
 # %% ../nbs/03b_inference.ipynb #ea7c6692
-def _gate_widths(
-    model: nn.Module,  # a gated network; left untouched
-) -> list[int]:  # one a gated layer
+def _gate_widths(model: nn.Module) -> list[int]:
     "How many gates each gated layer has."
     ghost = force(copy.deepcopy(model).to("meta").eval(), None)
     image = torch.empty(1, model.conv1.weight.shape[1], 64, 64, device="meta")
@@ -289,13 +236,8 @@ def random_masks(
     return [(torch.rand(n, c, generator=generator) < share).float().to(device) for c in widths]
 
 # %% ../nbs/03b_inference.ipynb #ec03fd5c
-def _in_groups(
-    run,  # function of some of the images and their values that gives their features
-    x: torch.Tensor,  # (N, C, H, W)
-    value: torch.Tensor,  # (N, K) the images' gates
-    keys: torch.Tensor,  # (N, K): images with equal rows are run together
-) -> torch.Tensor:  # (N, C', H', W') in the order of x
-    "Run a batch in groups of images whose keys are equal."
+def _in_groups(run, x: torch.Tensor, value: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    "Run a batch in groups of images whose keys (N, K) are equal: run(x, value) of each."
     if len(x) == 1:
         return run(x, value)
     _, group = keys.unique(dim=0, return_inverse=True)
@@ -304,10 +246,8 @@ def _in_groups(
     return torch.cat(parts)[torch.cat(rows).argsort()]
 
 # %% ../nbs/03b_inference.ipynb #6c727212
-def _fold(
-    model: nn.Module,  # in evaluation mode; changed in place
-) -> nn.Module:  # the same object
-    "Fold every BatchNorm that is registered right behind a convolution into it."
+def _fold(model: nn.Module) -> nn.Module:
+    "Fold every BatchNorm that is registered right behind a convolution into it, in place."
     for module in model.modules():
         names = list(module._modules)
         for first, second in zip(names, names[1:]):
@@ -317,32 +257,43 @@ def _fold(
                 module._modules[second] = nn.Identity()
     return model
 
-# %% ../nbs/03b_inference.ipynb #07771fc2
-class _CompactBlock(nn.Module):
-    "Eq. 4 by slicing: a gated block that computes the open channels alone. For inference."
+# %% ../nbs/03b_inference.ipynb #2b8ed5f4
+def _layers(block: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    "The convolutions of a block, each with its batch normalization."
+    numbers = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+    return [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers]
 
-    step = 8  # numbers of open channels are rounded up to a multiple of this
+# %% ../nbs/03b_inference.ipynb #7e64f0a9
+class _SlicedBlock(nn.Module):
+    "A gated block, in evaluation mode and left as it is, with sliced convolutions. For inference."
 
-    def __init__(
-        self,
-        block: GatedBasicBlock | GatedBottleneck,  # in evaluation mode; left as it is
-        dense_above: float | None = None,  # open share, 0 to 1, above which an image is not sliced but masked
-    ):
+    def __init__(self, block: nn.Module, relu: bool):
         super().__init__()
-        self.names = [name for name in ("conv1", "conv2", "conv3") if hasattr(block, name)]
+        *inner, last = _layers(block)
+        grouped = any(conv.groups > 1 for conv, _ in (*inner, last))
+        self.step = 1 if grouped else 8  # numbers of open channels are rounded up to a multiple of this
+        columns = not isinstance(block, FBSBlock)
+        rows = [_sliced(*pair, relu) for pair in inner]
+        self.convs = nn.ModuleList([*rows, _sliced(*last, columns=columns)])
+        self.widths = [conv.out_channels for conv, _ in (*inner, last)]
+        self.gated, self.names = block.gated, _gatings(block)
         for name in self.names:
-            conv, bn = getattr(block, name), getattr(block, name.replace("conv", "bn"))
-            last = name == self.names[-1]
-            self.step = self.step if conv.groups == 1 else 1
-            self.add_module(name, _sliced(conv, bn, not last, columns=last))
+            self.add_module(name, _lean(getattr(block, name)))
         self.downsample = None if block.downsample is None else _fold(copy.deepcopy(block.downsample))
-        self.gated, self.gating, self.dense_above = block.gated, _lean(block.gating), dense_above
-        self.widths = [getattr(block, name).out_channels for name in self.names[:-1]]
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-    ) -> tuple[torch.Tensor, list[Gate]]:  # (N, C_out, H', W'), and the gates as the block gives them
+    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        "What the block adds to its last convolution."
+        return x if self.downsample is None else self.downsample(x)
+
+# %% ../nbs/03b_inference.ipynb #07771fc2
+class _CompactBlock(_SlicedBlock):
+    "Eq. 4 by slicing: a basic block or bottleneck that computes the open channels alone."
+
+    def __init__(self, block: GatedBasicBlock | GatedBottleneck, dense_above: float | None = None):
+        super().__init__(block, relu=True)
+        self.dense_above, self.widths = dense_above, self.widths[:-1]  # the gated ones
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[Gate]]:
         "Decide, compute, report."
         gate = self.gating(x)
         if len(self.gated) < len(self.widths):  # one gate for both places
@@ -352,88 +303,50 @@ class _CompactBlock(nn.Module):
         parts = zip(*(part.split(self.widths, 1) for part in gate))
         return self.compute(x, gate.value), [Gate(*part) for part in parts]
 
-    def compute(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-        value: torch.Tensor,  # (N, K) 0 or 1: of the first place, then of the second
-    ) -> torch.Tensor:  # (N, C_out, H', W')
-        "Eq. 4 with the gates decided."
+    def compute(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        "Eq. 4 with the gates decided, (N, K): of the first place, then of the second."
         keys = value if self.dense_above is None else value.masked_fill(self.whole(value)[:, None], 2)
-        out = _in_groups(self.branch, x, value, keys)
-        return F.relu_(out.add_(x if self.downsample is None else self.downsample(x)))
+        return F.relu_(_in_groups(self.branch, x, value, keys).add_(self.shortcut(x)))
 
-    def whole(
-        self,
-        value: torch.Tensor,  # (N, K) 0 or 1
-    ) -> torch.Tensor:  # (N,) bool
+    def whole(self, value: torch.Tensor) -> torch.Tensor:
         "Which images are computed whole and masked, where there is a `dense_above`."
         return value.mean(1) > self.dense_above
 
-    def branch(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W): images that open the same channels, or are all computed whole
-        value: torch.Tensor,  # (N, K) 0 or 1
-    ) -> torch.Tensor:  # (N, C_out, H', W')
-        "The convolutions of the block."
+    def branch(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        "The convolutions, for images that open the same channels or are all computed whole."
         whole, ins = self.dense_above is not None and self.whole(value[:1]).item(), None
-        for name, part in zip(self.names, value.split(self.widths, 1)):
+        *inner, last = self.convs
+        for conv, part in zip(inner, value.split(self.widths, 1)):
             outs = None if whole else _open_channels(part[0], self.step)
-            x, ins = getattr(self, name)(x, outs, ins), outs
+            x, ins = conv(x, outs, ins), outs
             if whole:
                 x = x * part[:, :, None, None]
-        return getattr(self, self.names[-1])(x, None, ins)
+        return last(x, None, ins)
 
 # %% ../nbs/03b_inference.ipynb #e7f164fe
-def _spread(
-    x: torch.Tensor,  # (N, k, H, W) the open channels
-    ins: torch.Tensor | None,  # (k,) which they are, `channels` for a filler; None: all
-    channels: int,  # of the whole
-) -> torch.Tensor:  # (N, channels, H, W): zero where closed
-    "Put compact channels back in their places."
+def _spread(x: torch.Tensor, ins: torch.Tensor | None, channels: int) -> torch.Tensor:
+    "Put compact channels (N, k, H, W) back in their places, `channels` in all: zero where closed."
     if ins is None:
         return x
     return x.new_zeros(len(x), channels + 1, *x.shape[2:]).index_copy(1, ins, x)[:, :channels]
 
 # %% ../nbs/03b_inference.ipynb #d3022bcc
-def _boost(
-    x: torch.Tensor,  # (1, k, H, W) what a convolution of FBS computed
-    g: torch.Tensor,  # (C + 1,) saliencies, 0 for fillers
-    outs: torch.Tensor | None,  # (k,) which channels; None: all
-    shift: torch.Tensor,  # (C + 1,) the shifts, 0 for fillers
-) -> torch.Tensor:  # (1, k, H, W)
-    "FBS's scale and shift of the open channels."
+def _boost(x: torch.Tensor, g: torch.Tensor, outs: torch.Tensor | None, shift: torch.Tensor) -> torch.Tensor:
+    "FBS's scale and shift (C + 1,), 0 for fillers, of the open channels of an image (1, k, H, W)."
     g, shift = (t[:-1] if outs is None else t.index_select(0, outs) for t in (g, shift))
     return x * g[:, None, None] + shift[:, None, None]
 
 # %% ../nbs/03b_inference.ipynb #9dc8cbd3
-class _StepwiseBlock(nn.Module):
-    "A GatedBottleneck with two gating modules, or an FBSBlock: its gates read gated features. For inference."
+class _StepwiseBlock(_SlicedBlock):
+    "A GatedBottleneck with two gating modules, or an FBSBlock: its gates read gated features."
 
-    step = 8  # numbers of open channels are rounded up to a multiple of this
+    def __init__(self, block: GatedBottleneck | FBSBlock):
+        super().__init__(block, relu=False)
+        gatings = [_unforced(getattr(block, name)) for name in self.names]
+        shifts = [F.pad(gating.shift.detach(), (0, 1)) for gating in gatings if isinstance(block, FBSBlock)]
+        self.shifts = nn.ParameterList(shifts)
 
-    def __init__(
-        self,
-        block: GatedBottleneck | FBSBlock,  # in evaluation mode; left as it is
-    ):
-        super().__init__()
-        self.gated, self.names = block.gated, _gatings(block)
-        self.convs, self.shifts = nn.ModuleList(), nn.ParameterList()
-        for i in range(1, 4 if hasattr(block, "conv3") else 3):
-            conv, bn = getattr(block, f"conv{i}"), getattr(block, f"bn{i}")
-            self.step = self.step if conv.groups == 1 else 1
-            self.convs.append(_sliced(conv, bn, columns=i > len(self.names)))
-        for name in self.names:
-            gating = getattr(block, name)
-            self.add_module(name, _lean(gating))
-            if isinstance(block, FBSBlock):
-                self.shifts.append(F.pad(_unforced(gating).shift.detach(), (0, 1)))
-        self.widths = [getattr(block, f"conv{i + 1}").out_channels for i in range(len(self.convs))]
-        self.downsample = None if block.downsample is None else _fold(copy.deepcopy(block.downsample))
-
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-    ) -> tuple[torch.Tensor, list[Gate]]:  # (N, C_out, H', W'), and the gates as the block gives them
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[Gate]]:
         "Step by step: decide for all images, then convolve each."
         images, ins, gates, look = x.split(1), [None] * len(x), [], x
         for i, conv in enumerate(self.convs):
@@ -450,18 +363,14 @@ class _StepwiseBlock(nn.Module):
             ins, means = outs, [image.mean((2, 3), keepdim=True) for image in images]
             look = torch.cat([_spread(*row, self.widths[i]) for row in zip(means, ins)])
         out = torch.cat([_spread(*row, self.widths[-1]) for row in zip(images, ins)])
-        return F.relu_(out + (x if self.downsample is None else self.downsample(x))), gates
+        return F.relu_(out + self.shortcut(x)), gates
 
 # %% ../nbs/03b_inference.ipynb #38b4daf5
 class _Dropping:
     "Runs a block's branch for those images alone whose gate is open; stands before the block's own class."
 
-    def run(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-        gate: Gate,  # values (N, 1)
-    ) -> torch.Tensor:  # (N, C_out, H', W')
-        "The block with its gate decided."
+    def run(self, x: torch.Tensor, gate: Gate) -> torch.Tensor:
+        "The block with its gate (N, 1) decided."
         out = x.clone() if self.downsample is None else self.downsample(x)
         rows = gate.value[:, 0].nonzero()[:, 0]
         if len(rows) == len(x):
@@ -478,19 +387,15 @@ class _CompactGuidedBlock(_Dropping, GuidedBlock):
     "A GuidedBlock that drops. For inference."
 
 # %% ../nbs/03b_inference.ipynb #96ab3f9f
-def _dropping(
-    block: DroppedBlock,  # in evaluation mode; left as it is
-) -> DroppedBlock:  # a copy that computes its branch only for the images that run it
-    "The executor of a block that one gate drops."
+def _dropping(block: DroppedBlock) -> DroppedBlock:
+    "The executor of a block that one gate drops: a copy that runs its branch for those images alone."
     block = _fold(copy.deepcopy(block))
     block.__class__ = _CompactGuidedBlock if isinstance(block, GuidedBlock) else _CompactDroppedBlock
     return block
 
 # %% ../nbs/03b_inference.ipynb #15957362
-def _channel_order(
-    value: torch.Tensor,  # (N, C) 0 or 1: the gates of many images
-) -> torch.Tensor:  # (k,) int64: channels that some image opens; always open ones first, then by likeness
-    "Which channels to keep, and in which order."
+def _channel_order(value: torch.Tensor) -> torch.Tensor:
+    "Channels that some of many images (N, C) open: always open ones first, then by likeness."
     share = value.float().mean(0)
     always, sometimes = (share == 1).nonzero()[:, 0], ((share > 0) & (share < 1)).nonzero()[:, 0]
     if len(sometimes) > 2:
@@ -498,54 +403,24 @@ def _channel_order(
         sometimes = sometimes[torch.from_numpy(leaves_list(alike)).long()]
     return torch.cat([always, sometimes])
 
-# %% ../nbs/03b_inference.ipynb #264b38b7
-def _pick(
-    layer: nn.Module,  # Conv2d without groups, Linear or BatchNorm; left as it is
-    outs: torch.Tensor | None = None,  # (k,) outputs to keep, in this order; None: all
-    ins: torch.Tensor | None = None,  # (k,) inputs to keep, in this order; None: all
-) -> nn.Module:  # a narrower copy
-    "Keep some outputs and inputs of a layer."
-    layer = copy.deepcopy(layer)
-    for t in [*layer.parameters(), *layer.buffers()]:
-        if outs is not None and t.dim() > 0:
-            t.data = t.data[outs]
-        if ins is not None and t.dim() > 1:
-            t.data = t.data[:, ins]
-    names = ("num_features",)
-    if isinstance(layer, nn.Conv2d):
-        names = "out_channels", "in_channels"
-    elif isinstance(layer, nn.Linear):
-        names = "out_features", "in_features"
-    for name, kept in zip(names, (outs, ins)):
-        if kept is not None:
-            setattr(layer, name, len(kept))
-    return layer
-
 # %% ../nbs/03b_inference.ipynb #228303c1
-def _pick_gates(
-    gating: nn.Module,  # a GatingModule, also a forced one; left as it is
-    outs: torch.Tensor,  # (k,) gates to keep, in this order
-    ins: torch.Tensor | None = None,  # (k,) input channels to keep; None: all
-) -> nn.Module:  # a narrower copy
-    "Keep some gates of a gating module."
+def _pick_gates(gating: nn.Module, outs: torch.Tensor, ins: torch.Tensor | None = None) -> nn.Module:
+    "Keep some gates of a GatingModule, also a forced one, and some of its input channels; a copy."
     if isinstance(gating, _Forced):
         return _Forced(_pick_gates(gating.gating, outs, ins), gating.value[:, outs])
     gating = copy.deepcopy(gating)
-    gating.fc1, gating.fc2 = _pick(gating.fc1, None, ins), _pick(gating.fc2, outs)
+    gating.fc1, gating.fc2 = pick(gating.fc1, None, ins), pick(gating.fc2, outs)
     return gating
 
 # %% ../nbs/03b_inference.ipynb #6f23903c
-def _narrowed(
-    block: GatedBasicBlock | GatedBottleneck,  # without groups; left as it is
-    orders: list[torch.Tensor],  # (k,) channels to keep, one a gate of the block
-) -> nn.Module:  # a copy with these middle channels, in these orders
-    "Drop and permute the features between the convolutions of a block."
+def _narrowed(block: GatedBasicBlock | GatedBottleneck, orders: list[torch.Tensor]) -> nn.Module:
+    "A copy with these channels, one list a gate, in these orders, between its convolutions."
     block, width = copy.deepcopy(block), block.conv1.out_channels
     shared = len(orders) == 1 and hasattr(block, "conv3")
     for i, order in enumerate(orders * 2 if shared else orders, 1):
         for name in (f"conv{i}", f"bn{i}"):
-            setattr(block, name, _pick(getattr(block, name), outs=order))
-        setattr(block, f"conv{i + 1}", _pick(getattr(block, f"conv{i + 1}"), ins=order))
+            setattr(block, name, pick(getattr(block, name), outs=order))
+        setattr(block, f"conv{i + 1}", pick(getattr(block, f"conv{i + 1}"), ins=order))
     if getattr(block, "gating2", None) is not None:
         block.gating = _pick_gates(block.gating, orders[0])
         block.gating2 = _pick_gates(block.gating2, orders[1], orders[0])
@@ -558,20 +433,12 @@ def _narrowed(
 class _Restored(nn.Module):
     "The executor of a narrowed block, which reports gates as the whole block does."
 
-    def __init__(
-        self,
-        block: nn.Module,  # from features to features and the gates that are left
-        orders: list[torch.Tensor],  # (k,) which gates are left, one a gate
-        widths: list[int],  # gates of the whole block, one a gate
-    ):
+    def __init__(self, block: nn.Module, orders: list[torch.Tensor], widths: list[int]):
         super().__init__()
         self.block, self.orders, self.widths = block, orders, widths
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-    ) -> tuple[torch.Tensor, list[Gate]]:  # (N, C_out, H', W') and all gates of the block
-        "Run, and put the gates back in place."
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[Gate]]:
+        "Run, and put the gates that are left back in place among all gates of the block."
         def placed(t, order, width, fill):
             return t.new_full((len(t), width), fill).index_copy(1, order.to(t.device), t)
 
@@ -583,36 +450,23 @@ class _Restored(nn.Module):
 class _KernelBlock(_CompactBlock):
     "A _CompactBlock whose open channels a `kernel` computes; what is computed whole still runs in torch."
 
-    def compute(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-        value: torch.Tensor,  # (N, K) 0 or 1
-    ) -> torch.Tensor:  # (N, C_out, H', W')
+    def compute(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         "Eq. 4 with the gates decided."
         if self.dense_above is None:
             return self.kernel(x, value)
         return _in_groups(self.either, x, value, self.whole(value)[:, None])
 
-    def either(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W): images that are all computed whole, or none of them
-        value: torch.Tensor,  # (N, K) 0 or 1
-    ) -> torch.Tensor:  # (N, C_out, H', W')
-        "In torch or by the kernel."
+    def either(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        "In torch or by the kernel, for images that are all computed whole, or none of them."
         return super().compute(x, value) if self.whole(value[:1]).item() else self.kernel(x, value)
 
 # %% ../nbs/03b_inference.ipynb #edb488df
 class _NativeBlock(_KernelBlock):
-    "A gated block in the C++ kernel of 02e_native."
+    "A gated block, float32 without groups, in the C++ kernel of 02e_native."
 
-    def __init__(
-        self,
-        block: GatedBasicBlock | GatedBottleneck,  # in evaluation mode, float32, no groups; left as it is
-        dense_above: float | None = None,  # as in compact()
-    ):
+    def __init__(self, block: GatedBasicBlock | GatedBottleneck, dense_above: float | None = None):
         super().__init__(block, dense_above)
-        pairs = [(getattr(block, name), getattr(block, name.replace("conv", "bn"))) for name in self.names]
-        fused = [fuse_conv_bn_eval(conv, bn) for conv, bn in pairs]
+        fused = [fuse_conv_bn_eval(conv, bn) for conv, bn in _layers(block)]
         weights = [t.detach() for conv in fused for t in (conv.weight, conv.bias)]
         self.folds = isinstance(block.downsample, nn.Sequential)  # the kernel computes it too
         shortcut = None
@@ -620,36 +474,24 @@ class _NativeBlock(_KernelBlock):
             conv = fuse_conv_bn_eval(*block.downsample)
             shortcut = conv.weight.detach(), conv.bias.detach()
         make = native.BasicBlock if len(fused) == 2 else native.Bottleneck
-        self.native = make(*weights, max(conv.stride[0] for conv in fused), shortcut)
+        self.native = make(*weights, stride=max(conv.stride[0] for conv in fused), downsample=shortcut)
 
-    def kernel(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-        value: torch.Tensor,  # (N, K) 0 or 1
-    ) -> torch.Tensor:  # (N, C_out, H', W')
+    def kernel(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         "The whole block in one call."
-        identity = None if self.folds or self.downsample is None else self.downsample(x)
+        identity = None if self.folds else self.shortcut(x)
         return self.native(x, *value.split(self.widths, 1), identity=identity)
 
 # %% ../nbs/03b_inference.ipynb #68abd74c
 class _TritonBlock(_KernelBlock):
-    "A gated block in the Triton kernel of 02f_triton."
+    "A gated block, float32 without groups, in the Triton kernel of 02f_triton."
 
-    def __init__(
-        self,
-        block: GatedBasicBlock | GatedBottleneck,  # in evaluation mode, float32, no groups; left as it is
-        dense_above: float | None = None,  # as in compact()
-    ):
+    def __init__(self, block: GatedBasicBlock | GatedBottleneck, dense_above: float | None = None):
         super().__init__(block, dense_above)
         plain = copy.copy(block)
         plain._modules = {**block._modules, "gating": _unforced(block.gating)}
         self.packed = triton_kernel.pack(plain)
 
-    def kernel(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-        value: torch.Tensor,  # (N, K) 0 or 1
-    ) -> torch.Tensor:  # (N, C_out, H', W')
+    def kernel(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         "The whole block for a batch; lists of open channels are made on the device."
         masks = torch.stack(value.split(self.widths, 1)[: len(self.gated)])
         lists = triton_kernel.lists_of(masks, self.packed.block)
@@ -658,19 +500,15 @@ class _TritonBlock(_KernelBlock):
 # %% ../nbs/03b_inference.ipynb #c45fc5b3
 _ENGINES = {"torch": _CompactBlock, "native": _NativeBlock, "triton": _TritonBlock}
 
-def _executor(
-    block: nn.Module,  # a gated block of this library, in evaluation mode; left as it is
-    engine: str = "torch",  # "torch", "native" or "triton"
-    dense_above: float | None = None,  # as in compact()
-) -> nn.Module:  # from features to features and gates
-    "The executor of a block."
+def _executor(block: nn.Module, engine: str = "torch", dense_above: float | None = None) -> nn.Module:
+    "The executor of a gated block of this library, in evaluation mode, which is left as it is."
     if isinstance(block, DroppedBlock):
         return _dropping(block)
     if isinstance(block, FBSBlock) or getattr(block, "gating2", None) is not None:
         return _StepwiseBlock(block)
     if not isinstance(block, (GatedBasicBlock, GatedBottleneck)):
         raise TypeError(f"compact() knows the gated blocks of this library, not {type(block).__name__}")
-    convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
+    convs = [conv for conv, _ in _layers(block)]
     plain = all(conv.groups == 1 and conv.dilation == (1, 1) and conv.out_channels for conv in convs)
     even = len({conv.out_channels for conv in convs[:-1]}) == 1  # not always so in a narrowed bottleneck
     if not plain or (engine == "triton" and not even):
@@ -678,12 +516,8 @@ def _executor(
     return _ENGINES[engine](block, dense_above)
 
 # %% ../nbs/03b_inference.ipynb #5010fc6d
-def _can_run(
-    engine: str,  # "torch", "native" or "triton"
-    device: torch.device,  # where the network is
-    dtype: torch.dtype,  # its precision
-) -> bool:
-    "Whether an engine can run a network."
+def _can_run(engine: str, device: torch.device, dtype: torch.dtype) -> bool:
+    "Whether an engine can run a network on this device, in this precision."
     if engine == "native":
         return device.type == "cpu" and dtype == torch.float32 and native.available()
     if engine == "triton":
@@ -691,11 +525,7 @@ def _can_run(
     return True
 
 # %% ../nbs/03b_inference.ipynb #33116edc
-def _pick_engine(
-    engine: str,  # "auto", "torch", "native" or "triton"
-    device: torch.device,  # where the network is
-    dtype: torch.dtype,  # its precision
-) -> str:  # "torch", "native" or "triton"
+def _pick_engine(engine: str, device: torch.device, dtype: torch.dtype) -> str:
     "The engine to use; RuntimeError for one that was asked for and cannot run."
     if engine == "auto":
         best = "triton" if device.type == "cuda" else "native"
@@ -711,11 +541,8 @@ def _pick_engine(
     return engine
 
 # %% ../nbs/03b_inference.ipynb #5752352a
-def _log_orders(
-    model: nn.Module,  # a gated network
-    log: list[Gate] | torch.Tensor,  # gates of N images: as the network returns them, or (N, K) side by side
-) -> dict[str, list[torch.Tensor]]:  # name of a block → the channels to keep, one list a gate
-    "What compact() makes of a log."
+def _log_orders(model: nn.Module, log: list[Gate] | torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    "What compact() makes of a log: by block, the channels to keep, one list a gate."
     widths = _gate_widths(model)
     values = log.split(widths, 1) if isinstance(log, torch.Tensor) else [gate.value for gate in log]
     given = [value.shape[1] for value in values]

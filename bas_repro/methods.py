@@ -142,9 +142,9 @@ add(Method(
     loss=_l0_or_budget, strength=_growing, check=_milestones, static=True,
 ))
 add(Method(
-    "shaping", "batch-shaping only, fixed λ", "batch-shaping alone with fixed λ (§5)", look=("^", ""), dial="lam",
-    uses=("shaping_reduction", "pooled", *_GATE), gates=(gates.GatingModule,), convert=_channel_gates,
-    lam=_fixed, static=True,
+    "shaping", "batch-shaping only, fixed λ", "batch-shaping alone with fixed λ (§5)", look=("^", ""),
+    dial="lam", uses=("shaping_reduction", "pooled", *_GATE), gates=(gates.GatingModule,),
+    convert=_channel_gates, lam=_fixed, static=True,
 ))
 
 # %% ../nbs/02g_methods.ipynb #959ecc3a
@@ -200,7 +200,8 @@ def _sgad_price(run, moment: Moment) -> float:
 
 add(Method(
     "sgad", "SGAD-style", "blocks dropped under the guidance of the input's difficulty", look=("P", ":"),
-    dial="gamma", uses=("reference_steps", "calendar", "gamma_from", "gamma_full", "gate_weight_decay", "start"),
+    dial="gamma",
+    uses=("reference_steps", "calendar", "gamma_from", "gamma_full", "gate_weight_decay", "start"),
     gates=(baselines.GuidedGate, baselines.Guideline),
     convert=lambda net, run: baselines.sgad(net),
     loss=lambda run, ledger, gated, out, y, strength: baselines.sgad_loss(gated, out, y, strength),
@@ -239,8 +240,9 @@ def _fbs_check(run) -> None:
 
 
 add(Method(
-    "fbs", "FBS", "of each layer the most salient channels of an image, always the same number", look=("X", ":"),
-    dial="target", uses=("calendar", "gamma_from", "gamma_full", "gate_weight_decay", "start"),
+    "fbs", "FBS", "of each layer the most salient channels of an image, always the same number",
+    look=("X", ":"), dial="target",
+    uses=("calendar", "gamma_from", "gamma_full", "gate_weight_decay", "start"),
     gates=(baselines.Saliency,), convert=_fbs_gates,
     loss=lambda run, ledger, gated, out, y, strength: baselines.fbs_lasso(gated, strength),
     strength=lambda run, moment: 1e-8, prepare=_fbs_density, check=_fbs_check,

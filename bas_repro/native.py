@@ -56,11 +56,8 @@ def lanes() -> int:  # 16 (AVX-512), 8 (AVX2) or 4
     return _library().bas_lanes()
 
 # %% ../nbs/02e_native.ipynb #b95e82ce
-def _call(
-    name: str,  # of a C function of csrc/native.cpp
-    *args: torch.Tensor | int | None,  # pointers, numbers, the null pointer
-):
-    "Call the kernel."
+def _call(name: str, *args: torch.Tensor | int | None):
+    "Call the C function of that name of csrc/native.cpp with pointers, numbers and null pointers."
     def as_c(value):
         if isinstance(value, int):
             return ctypes.c_int(value)
@@ -69,48 +66,34 @@ def _call(
     getattr(_library(), name)(*(as_c(value) for value in args))
 
 # %% ../nbs/02e_native.ipynb #dcdebff9
-def _pack_rows(
-    w: torch.Tensor,  # (O, I, k, k)
-    lanes: int,  # floats in a vector
-) -> torch.Tensor:  # (O, k, k, I filled up to whole vectors)
-    "Weights whose output channels are selected."
+def _pack_rows(w: torch.Tensor, lanes: int) -> torch.Tensor:
+    "Weights (O, I, k, k) whose outputs are selected: (O, k, k, I filled up to whole vectors)."
     return F.pad(w.permute(0, 2, 3, 1), (0, -w.shape[1] % lanes)).contiguous()
 
 # %% ../nbs/02e_native.ipynb #2589bf16
-def _pack_columns(
-    w: torch.Tensor,  # (O, I, k, k), or a bias (O,)
-    lanes: int,  # floats in a vector
-) -> torch.Tensor:  # (blocks, k, k, I, 2 * lanes), or (O filled up to whole blocks,)
-    "Weights whose input channels are selected, or the bias that goes with them."
+def _pack_columns(w: torch.Tensor, lanes: int) -> torch.Tensor:
+    "Weights (O, I, k, k) whose inputs are selected, in blocks of outputs; or their bias (O,), filled up."
     filler = 0, -len(w) % (2 * lanes)
     if w.dim() == 1:
         return F.pad(w, filler).contiguous()
     blocks = F.pad(w.permute(2, 3, 1, 0), filler).unflatten(3, (-1, 2 * lanes))
-    return blocks.permute(3, 0, 1, 2, 4).contiguous()
+    return blocks.permute(3, 0, 1, 2, 4).contiguous()  # (blocks, k, k, I, 2 * lanes)
 
 # %% ../nbs/02e_native.ipynb #4355fcae
-def _checked(
-    x: torch.Tensor,  # (N, C, H, W) features
-    channels: int,  # what C must be
-) -> torch.Tensor:  # the same, float32 on the CPU with channels innermost
-    "Features as the kernel reads them."
+def _checked(x: torch.Tensor, channels: int) -> torch.Tensor:
+    "Features (N, channels, H, W) as the kernel reads them: float32 on the CPU, channels innermost."
     if x.dim() != 4 or x.shape[1] != channels or x.dtype != torch.float32 or x.device.type != "cpu":
         right = f"(N, {channels}, H, W) float32 on the CPU"
         raise ValueError(f"features {tuple(x.shape)} {x.dtype} on {x.device}: give {right}")
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 # %% ../nbs/02e_native.ipynb #f421e80a
-def _checked_mask(
-    open_: torch.Tensor,  # (N, C) open or not: 0/1 or boolean
-    shape: tuple[int, int],  # what it must be
-) -> torch.Tensor:  # uint8, without gaps
-    "A mask as the kernel reads it."
-    given = tuple(open_.shape)
-    if given != shape:
-        raise ValueError(f"mask {given}: give {shape}, a row an image and a column a middle channel")
-    if open_.dtype != torch.bool:
-        open_ = open_ > 0
-    return open_.to("cpu", torch.uint8).contiguous()
+def _checked_masks(masks: tuple[torch.Tensor, ...], shapes: list[tuple[int, int]]) -> list[torch.Tensor]:
+    "Masks (N, C), 0/1 or boolean, as the kernel reads them: of these shapes, uint8, without gaps."
+    given = [tuple(mask.shape) for mask in masks]
+    if given != shapes:
+        raise ValueError(f"masks {given}: give {shapes}, a row an image and a column a middle channel")
+    return [(mask > 0).to("cpu", torch.uint8).contiguous() for mask in masks]
 
 # %% ../nbs/02e_native.ipynb #b144ad93
 class Conv(nn.Module):
@@ -144,109 +127,63 @@ class Conv(nn.Module):
         _call("bas_conv", *sizes, x, self.w, self.b, None, y)
         return y.permute(0, 3, 1, 2)
 
+# %% ../nbs/02e_native.ipynb #5e1c7a90
+def _pack(weights: tuple[torch.Tensor, ...], lanes: int) -> list[torch.Tensor]:
+    "w1, b1, w2, ... of two or three convolutions as the kernel reads them."
+    first, b1, *middle, last, bias = weights
+    middle = [t.permute(2, 3, 1, 0) if t.dim() == 4 else t for t in middle]
+    return [_pack_rows(first, lanes), b1, *middle, _pack_columns(last, lanes), _pack_columns(bias, lanes)]
+
 # %% ../nbs/02e_native.ipynb #bf19364c
 class BasicBlock(nn.Module):
     "Eq. 4 with folded weights, on the native kernel."
 
+    kernel, convs = "bas_basic", 2
+
     def __init__(
         self,
-        w1: torch.Tensor,  # (C_mid, C_in, k, k), folded
-        b1: torch.Tensor,  # (C_mid,), folded
-        w2: torch.Tensor,  # (C_out, C_mid, k, k), folded
-        b2: torch.Tensor,  # (C_out,), folded
-        stride: int = 1,  # of the first convolution
+        *weights: torch.Tensor,  # w1, b1, w2, b2 (in a bottleneck also w3, b3): (O, I, k, k) and (O,), folded
+        stride: int = 1,  # of the last convolution but one
         downsample: tuple[torch.Tensor, ...] | None = None,  # shortcut: (C_out, C_in, 1, 1) and (C_out,)
         vector: int | None = None,  # floats in a vector: 4, 8 or 16; None: what the processor has
     ):
+        if len(weights) != 2 * self.convs:
+            raise ValueError(f"{len(weights)} tensors: a {type(self).__name__} has {2 * self.convs}")
         super().__init__()
         self.vector, self.stride = vector or lanes(), stride
-        self.sizes = w1.shape[1], w1.shape[0], w2.shape[0], w1.shape[2]
-        packed = {
-            "w1": _pack_rows(w1, self.vector),
-            "b1": b1,
-            "w2": _pack_columns(w2, self.vector),
-            "b2": _pack_columns(b2, self.vector),
-        }
-        for name, value in packed.items():
-            self.register_buffer(name, value.detach().float().contiguous(), persistent=False)
+        self.sizes = weights[0].shape[1], *(len(b) for b in weights[1::2]), weights[-4].shape[2]
+        for i, t in enumerate(_pack(weights, self.vector)):
+            self.register_buffer(f"packed{i}", t.detach().float().contiguous(), persistent=False)
         self.downsample = None if downsample is None else Conv(*downsample, stride=stride, vector=self.vector)
 
     def forward(
         self,
         x: torch.Tensor,  # (N, C_in, H, W)
-        open_: torch.Tensor,  # (N, C_mid) gates, 0/1 or boolean: each image has its own
+        *open_: torch.Tensor,  # (N, C_mid) gates after each ReLU, 0/1 or boolean: each image has its own
         identity: torch.Tensor | None = None,  # (N, C_out, H', W') shortcut, if not the block's own
     ) -> torch.Tensor:  # (N, C_out, H', W'), channels_last
         "Only the open channels are computed."
-        c, m, o, k = self.sizes
-        x, mask = _checked(x, c), _checked_mask(open_, (len(x), m))
-        identity = _shortcut(x, identity, self.downsample, o, self.stride)
+        c, *middle, _, _ = self.sizes
+        x, masks = _checked(x, c), _checked_masks(open_, [(len(x), m) for m in middle])
+        identity = _shortcut(self, x, identity)
         (n, _, h, w), y = x.shape, torch.empty_like(identity)
-        sizes = self.vector, torch.get_num_threads(), n, h, w, c, m, o, k, self.stride
-        _call("bas_basic", *sizes, mask, x, self.w1, self.b1, self.w2, self.b2, identity, y)
+        sizes = self.vector, torch.get_num_threads(), n, h, w, *self.sizes, self.stride
+        _call(self.kernel, *sizes, *masks, x, *self._buffers.values(), identity, y)
         return y
 
 # %% ../nbs/02e_native.ipynb #45b35db7
-def _shortcut(
-    x: torch.Tensor,  # (N, C_in, H, W) the block's input
-    identity: torch.Tensor | None,  # the caller's shortcut, if any
-    downsample: Conv | None,  # the block's own convolution, if any
-    channels: int,  # of the block's output
-    stride: int,  # of the block
-) -> torch.Tensor:  # (N, channels, H / stride, W / stride), rounded up
-    "What a block adds to its last convolution."
+def _shortcut(block: nn.Module, x: torch.Tensor, identity: torch.Tensor | None) -> torch.Tensor:
+    "What a block adds to its last convolution: the caller's shortcut if there is one, else its own of x."
     if identity is None:
-        identity = x if downsample is None else downsample(x)
-    given, size = tuple(identity.shape), (len(x), channels, *((s - 1) // stride + 1 for s in x.shape[2:]))
-    if given != size:
+        identity = x if block.downsample is None else block.downsample(x)
+    size = len(x), block.sizes[-2], *((s - 1) // block.stride + 1 for s in x.shape[2:])
+    if identity.shape != size:
+        given = tuple(identity.shape)
         raise ValueError(f"shortcut {given}: this block needs {size}; give identity= or downsample=")
-    return _checked(identity, channels)
+    return _checked(identity, block.sizes[-2])
 
 # %% ../nbs/02e_native.ipynb #5069cd32
-class Bottleneck(nn.Module):
+class Bottleneck(BasicBlock):
     "A gated bottleneck with folded weights, on the native kernel."
 
-    def __init__(
-        self,
-        w1: torch.Tensor,  # (C_1, C_in, 1, 1), folded
-        b1: torch.Tensor,  # (C_1,), folded
-        w2: torch.Tensor,  # (C_2, C_1, k, k), folded
-        b2: torch.Tensor,  # (C_2,), folded
-        w3: torch.Tensor,  # (C_out, C_2, 1, 1), folded
-        b3: torch.Tensor,  # (C_out,), folded
-        stride: int = 1,  # of the second convolution
-        downsample: tuple[torch.Tensor, ...] | None = None,  # shortcut: (C_out, C_in, 1, 1) and (C_out,)
-        vector: int | None = None,  # floats in a vector: 4, 8 or 16; None: what the processor has
-    ):
-        super().__init__()
-        self.vector, self.stride = vector or lanes(), stride
-        self.sizes = w1.shape[1], w1.shape[0], w2.shape[0], w3.shape[0], w2.shape[2]
-        packed = {
-            "w1": _pack_rows(w1, self.vector),
-            "b1": b1,
-            "w2": w2.permute(2, 3, 1, 0),
-            "b2": b2,
-            "w3": _pack_columns(w3, self.vector),
-            "b3": _pack_columns(b3, self.vector),
-        }
-        for name, value in packed.items():
-            self.register_buffer(name, value.detach().float().contiguous(), persistent=False)
-        self.downsample = None if downsample is None else Conv(*downsample, stride=stride, vector=self.vector)
-
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, C_in, H, W)
-        open1: torch.Tensor,  # (N, C_1) gates after the first ReLU, 0/1 or boolean
-        open2: torch.Tensor,  # (N, C_2) gates after the second
-        identity: torch.Tensor | None = None,  # (N, C_out, H', W') shortcut, if not the block's own
-    ) -> torch.Tensor:  # (N, C_out, H', W'), channels_last
-        "Only the open channels are computed."
-        c, m1, m2, o, k = self.sizes
-        x = _checked(x, c)
-        masks = _checked_mask(open1, (len(x), m1)), _checked_mask(open2, (len(x), m2))
-        identity = _shortcut(x, identity, self.downsample, o, self.stride)
-        (n, _, h, w), y = x.shape, torch.empty_like(identity)
-        sizes = self.vector, torch.get_num_threads(), n, h, w, c, m1, m2, o, k, self.stride
-        weights = self.w1, self.b1, self.w2, self.b2, self.w3, self.b3
-        _call("bas_bottleneck", *sizes, *masks, x, *weights, identity, y)
-        return y
+    kernel, convs = "bas_bottleneck", 3

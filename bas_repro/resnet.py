@@ -120,40 +120,41 @@ def run_blocks(
             gates += new
     return x, gates
 
-# %% ../nbs/02a_resnet.ipynb #aff9536e
-class ImageNetResNet(ResNet):
-    "torchvision's ResNet, name for name, which also returns its gates when asked."
+# %% ../nbs/02a_resnet.ipynb #3ad01f6c
+class _WithGates:
+    "The forward pass of a residual network, which also returns its gates; stands before the network's class."
+
+    run = staticmethod(run_blocks)
 
     def forward(
         self,
-        x: torch.Tensor,  # (N, 3, H, W) normalised images
+        x: torch.Tensor,  # (N, C, H, W) normalised images; 32×32 for CIFAR's networks in the paper
         return_gates: bool = False,  # also return the list of gates (empty for a plain network)
     ) -> torch.Tensor | tuple[torch.Tensor, list[Gate]]:  # logits (N, num_classes), or (logits, gates)
         "Classify a batch of images."
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x, gates = run_blocks([*self.layer1, *self.layer2, *self.layer3, *self.layer4], x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        if hasattr(self, "maxpool"):  # CIFAR's networks have none, and no fourth stage
+            x = self.maxpool(x)
+        stages = self.layer1, self.layer2, self.layer3, getattr(self, "layer4", ())
+        x, gates = self.run([block for stage in stages for block in stage], x)
         x = self.fc(torch.flatten(self.avgpool(x), 1))
         return (x, gates) if return_gates else x
+
+# %% ../nbs/02a_resnet.ipynb #aff9536e
+class ImageNetResNet(_WithGates, ResNet):
+    "torchvision's ResNet, name for name, which also returns its gates when asked."
 
 # %% ../nbs/02a_resnet.ipynb #fcf498de
 class _OptionA(nn.Module):
     "The shortcut without parameters of He et al. (2016): fewer pixels, and zeros for the new channels."
 
-    def __init__(
-        self,
-        in_channels: int,  # channels of the input
-        out_channels: int,  # channels of the output, at least as many
-        stride: int,  # pixels from one sample to the next
-    ):
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.stride, self.before = stride, (out_channels - in_channels) // 2
         self.after = out_channels - in_channels - self.before
 
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, in_channels, H, W)
-    ) -> torch.Tensor:  # (N, out_channels, H / stride, W / stride), rounded up
-        "Sample and pad; the old channels stand in the middle."
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Sample and pad (N, C, H, W); the old channels stand in the middle."
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 # %% ../nbs/02a_resnet.ipynb #d6c1864d
@@ -174,7 +175,7 @@ def cifar_block(
     return block
 
 # %% ../nbs/02a_resnet.ipynb #bc2b1b8b
-class CifarResNet(nn.Module):
+class CifarResNet(_WithGates, nn.Module):
     "He et al.'s (2016) residual networks for CIFAR-10, in torchvision's names."
 
     def __init__(
@@ -195,17 +196,6 @@ class CifarResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(
-        self,
-        x: torch.Tensor,  # (N, in_channels, H, W) normalised images, 32×32 in the paper
-        return_gates: bool = False,  # also return the list of gates (empty for a plain network)
-    ) -> torch.Tensor | tuple[torch.Tensor, list[Gate]]:  # logits (N, num_classes), or (logits, gates)
-        "Classify a batch of images."
-        x = self.relu(self.bn1(self.conv1(x)))
-        x, gates = run_blocks([*self.layer1, *self.layer2, *self.layer3], x)
-        x = self.fc(torch.flatten(self.avgpool(x), 1))
-        return (x, gates) if return_gates else x
 
 # %% ../nbs/02a_resnet.ipynb #38880ef7
 class GatedLayer(NamedTuple):
@@ -291,10 +281,8 @@ def weight_card(
     return yaml.safe_load(settings) | {"text": text.strip()}
 
 # %% ../nbs/02a_resnet.ipynb #0e73bc71
-def _facts(
-    model: CifarResNet,  # plain, or gated by gate()
-) -> dict:  # model, gated, width, classes
-    "Which network this is, in the words of a card."
+def _facts(model: CifarResNet) -> dict:
+    "Which network this is, plain or gated, in the words of a card."
     return {
         "model": f"resnet{6 * len(model.layer1) + 2}",
         "gated": bool(gated_layers(model)),
@@ -303,10 +291,8 @@ def _facts(
     }
 
 # %% ../nbs/02a_resnet.ipynb #33bee24e
-def _call(
-    facts: dict,  # of _facts(), or a card
-) -> str:  # such as resnet20(num_classes=10, gated=True, width=1)
-    "How one asks for a network."
+def _call(facts: dict) -> str:
+    "How one asks for a network of these facts, or of a card: resnet20(num_classes=10, gated=True, width=1)."
     return f"{facts['model']}(num_classes={facts['classes']}, gated={facts['gated']}, width={facts['width']})"
 
 # %% ../nbs/02a_resnet.ipynb #f677cb64
@@ -329,10 +315,7 @@ def save_weights(
     return path
 
 # %% ../nbs/02a_resnet.ipynb #d34a180b
-def _load_weights(
-    model: CifarResNet,  # plain, or gated by gate(); gets the weights
-    name: str,  # one of weight_names()
-) -> CifarResNet:  # the same object
+def _load_weights(model: CifarResNet, name: str) -> CifarResNet:
     "Give a network released weights. `ValueError` in one line if they are another network's, or damaged."
     card, here = weight_card(name), _facts(model)
     if {key: card[key] for key in here} != here:
@@ -368,10 +351,8 @@ def cifar_resnet(
     return net if weights is None else _load_weights(net, weights)
 
 # %% ../nbs/02a_resnet.ipynb #4c0936a0
-def _of_depth(
-    depth: int,  # 6n + 2 layers
-):  # a function: resnet8, resnet14, ...
-    "The function that makes CIFAR's ResNet of one depth."
+def _of_depth(depth: int):
+    "The function that makes CIFAR's ResNet of one depth: resnet8, resnet14, ..."
     def network(
         num_classes: int = 10,  # outputs
         gated: bool = False,  # with the gates of Eq. 4

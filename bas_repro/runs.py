@@ -7,14 +7,13 @@ __all__ = ['CIFAR_MODELS', 'MODELS', 'SETTINGS', 'TASKS', 'Setting', 'Task', 'is
            'learning_rate', 'is_paper', 'grid', 'Study', 'study', 'read_preset', 'preset']
 
 # %% ../nbs/03_runs.ipynb #3f621a92
-import dataclasses
 import hashlib
 import importlib
 import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -31,7 +30,7 @@ class Setting:
     default: object = None  # its value where none is given
     low: float = -math.inf  # its smallest value
     high: float = math.inf  # its largest
-    ends: str = "[]"  # "[]": both may be reached; "[)": the largest not; "()": neither
+    ends: str = "[]"  # "[]": both may be reached; "[)": the largest not
     choices: object = ()  # a text's values, or a table whose keys they are
     sign: str = ""  # in figures
     mark: str = ""  # in names of folders
@@ -40,7 +39,7 @@ class Setting:
     def range(self) -> str:
         "The values in words."
         if self.high < math.inf:
-            words = {"[]": "from {:g} to {:g}", "[)": "from {:g} to below {:g}", "()": "between {:g} and {:g}"}
+            words = {"[]": "from {:g} to {:g}", "[)": "from {:g} to below {:g}"}
             return words[self.ends].format(self.low, self.high)
         return f"{self.low:g} or more" if self.low > -math.inf else "a finite number"
 
@@ -53,8 +52,7 @@ class Setting:
             raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(self.choices)}")
         if self.kind in (int, float):
             inside = self.low <= value <= self.high and math.isfinite(value)
-            low_open, high_open = self.ends == "()", self.ends in ("[)", "()")
-            if not inside or (low_open and value == self.low) or (high_open and value == self.high):
+            if not inside or (self.ends == "[)" and value == self.high):
                 raise ValueError(f"{name}={value}: must be {self.range}")
         return value
 
@@ -77,20 +75,19 @@ SETTINGS = {
     "width": Setting(int, "per-block width factor of the CIFAR networks (§5.1: 10 and 20)", 1, 1),
     "backbone": Setting(str, "PSPNet's backbone", "resnet18", choices=pspnet.BACKBONES),
     "dropout": Setting(float, "in PSPNet's heads (Zhao et al., 2017)", 0.1, 0, 1, "[)"),
-    "weights": Setting(str, "torchvision's weights to start from, such as IMAGENET1K_V1; for PSPNet also a file.pt"),
-    "start": Setting(str, "plain: from the weights of the plain run with the same settings", choices=("plain",)),
+    "weights": Setting(str, "torchvision's to start from, such as IMAGENET1K_V1; for PSPNet also a file.pt"),
+    "start": Setting(str, "plain: from the weights of the plain run beside it", choices=("plain",)),
     # with which gates
     "method": Setting(str, "a key of methods.METHODS", "bas", choices=methods.METHODS),
     "bottleneck": Setting(str, "gates of a bottleneck", "one", choices=resnet.GatedBottleneck.GATED),
     "gate_bias": Setting(float, "start of the gates' last bias, in logits; 0 opens half of the gates", 0.0),
-    "gamma": Setting(float, "strength of Eq. 5 in the paper's units; sgad's price", 0.1, 0, sign="γ", mark="g"),
-    "target_macs": Setting(float, "share of the plain network's MACs to train to, instead of gamma", None, 0, 1,
-                           sign="MACs", mark="m"),
+    "gamma": Setting(float, "γ of Eq. 5 in the paper's units; SGAD's price", 0.1, 0, sign="γ", mark="g"),
+    "target_macs": Setting(float, "share of the plain network's MACs to train to, instead of gamma", None,
+                           0, 1, sign="MACs", mark="m"),
     "lam": Setting(float, "strength of batch-shaping, Eq. 2", 0.75, 0, sign="λ", mark="l"),
-    "target": Setting(float, "share of the images that run a block (aig), of the channels of a layer (fbs)", 0.6,
+    "target": Setting(float, "share of the images that run a block (AIG), of a layer's channels (FBS)", 0.6,
                       0, 1, sign="t", mark="t"),
-    "alpha": Setting(float, "SkipNet's reward for skipping all blocks; 0: trained with the labels alone", 0.1, 0,
-                     sign="α", mark="a"),
+    "alpha": Setting(float, "SkipNet's reward for skipping all; 0: labels alone", 0.1, 0, sign="α", mark="a"),
     "skip_gate": Setting(str, "SkipNet's gate", "recurrent", choices=("recurrent", "feedforward")),
     "shaping_reduction": Setting(str, "of Eq. 2 over gates", "sum", choices=("sum", "mean", "mean_of_sums")),
     "l0_reduction": Setting(str, "of Eq. 5 over gates", "mean", choices=("mean", "sum")),
@@ -105,7 +102,7 @@ SETTINGS = {
     "schedule": Setting(str, "of the learning rate", "paper", choices=("paper", "linear")),
     "lr": Setting(float, "largest learning rate", 0.1, 0),
     "warmup": Setting(float, "share of the run in which the linear schedule grows to lr", 0.2, 0, 1, "[)"),
-    "lr_drops": Setting(tuple, "calendar epochs at which the learning rate is divided by 10", (300.0, 375.0, 450.0)),
+    "lr_drops": Setting(tuple, "calendar epochs at which lr is divided by 10", (300.0, 375.0, 450.0)),
     "power": Setting(float, "of the fall of the learning rate to zero (Appendix B.3)", 0.9, 0),
     "momentum": Setting(float, "Nesterov's", 0.9, 0),
     "weight_decay": Setting(float, "of everything but the gates", 5e-4, 0),
@@ -115,11 +112,11 @@ SETTINGS = {
     "lam_until": Setting(float, "calendar epoch at which λ has fallen to 0", 100.0, 1e-9),
     "gamma_from": Setting(float, "calendar epoch at which γ begins to grow", 100.0, 0),
     "gamma_full": Setting(float, "calendar epoch from which γ is constant", 300.0, 0),
-    "reference_steps": Setting(int, "steps of the run that γ is meant for; 0: take γ as it is", gates.CIFAR_STEPS, 0),
+    "reference_steps": Setting(int, "steps of the run γ is meant for; 0: γ as it is", gates.CIFAR_STEPS, 0),
     "val_every": Setting(int, "epochs between scores on the validation pictures; 0: only at the end", 0, 0),
     # on what machine
     "precision": Setting(str, "fp32, or bf16 autocast", "fp32", choices=("fp32", "bf16")),
-    "compile": Setting(str, "torch.compile; auto: for 1,500 steps and more", "auto", choices=("auto", "yes", "no")),
+    "compile": Setting(str, "torch.compile; auto: from 1,500 steps", "auto", choices=("auto", "yes", "no")),
     "device": Setting(str, "cpu, cuda, …; cuda where there is one and nothing is given"),
 }
 _MACHINE = ("data_root", "workers", "compile", "device")  # these leave a run's numbers as they are
@@ -148,18 +145,21 @@ class Task:
     name: str  # as in data.DataSet.task
     module: str  # where its part of the training loop is, as WORK
     settings: tuple[str, ...]  # besides those of every run, of the method and of the schedule
-    never: tuple[str, ...]  # a method's settings that it has no use for
     schedules: dict  # name of a schedule → the settings that it uses
-    defaults: dict  # where they differ from those of the table
     fall: Callable  # (run, progress 0 to 1) → the paper's learning rate
     network: Callable  # run → its network, as in names
     span: Callable  # run → its length, as in names
     warm: str  # what a name has for a start from trained weights
     counted: dict  # settings that a name always counts → their value where a run does not use them
     check: Callable  # (run): `ValueError` in one line for settings that do not go together
+    never: tuple[str, ...] = ()  # a method's settings that it has no use for
+    defaults: dict = field(default_factory=dict)  # where they differ from those of the table
 
-_EVERY = ("dataset", "data_root", "image_size", "holdout", "workers", "weights", "method", "seed", "batch_size",
-          "schedule", "lr", "momentum", "weight_decay", "precision", "compile", "device")
+
+_EVERY = (
+    "dataset", "data_root", "image_size", "holdout", "workers", "weights", "method", "seed", "batch_size",
+    "schedule", "lr", "momentum", "weight_decay", "precision", "compile", "device",
+)
 
 # %% ../nbs/03_runs.ipynb #38ad2e88
 def _check_classification(run) -> None:
@@ -176,12 +176,12 @@ def _check_segmentation(run) -> None:
     "Settings of segmentation that do not go together."
     if run.method.gates and not run.method.static:
         fit = (one.name for one in methods.METHODS.values() if one.static or not one.gates)
-        raise ValueError(f"method={run.method.name!r} gates whole blocks or none: choose one of {', '.join(fit)}")
+        raise ValueError(f"method={run.method.name!r} is for classification: choose one of {', '.join(fit)}")
     if len(run.crop) != 2 or any(side != int(side) or side < 16 for side in run.crop):
         raise ValueError(f"crop={list(run.crop)}: give height and width, whole numbers of 16 or more")
     if run.batch_size % run.accumulate or run.batch_size // run.accumulate < 2:
-        raise ValueError(f"accumulate={run.accumulate}: a batch of {run.batch_size} must fall into equal parts of "
-                         "at least 2, which BatchNorm needs")
+        raise ValueError(f"accumulate={run.accumulate}: a batch of {run.batch_size} must fall into equal "
+                         "parts of at least 2, which BatchNorm needs")
     if run.has("weights") and is_file(run.weights) and not Path(run.weights).is_file():
         raise ValueError(f"weights={run.weights!r}: no such file; give a file of a ResNet's state_dict, "
                          "or torchvision's name of its weights")
@@ -195,14 +195,15 @@ def is_file(
 
 # %% ../nbs/03_runs.ipynb #7dd040f8
 _COUNTED = {name: SETTINGS[name].default for name in (
-    "dataset", "image_size", "holdout", "model", "width", "bottleneck", "method", "gamma", "lam", "seed", "epochs",
-    "batch_size", "lr", "momentum", "weight_decay", "gate_weight_decay", "calendar", "lr_drops", "lam_until",
-    "gamma_from", "gamma_full", "reference_steps", "shaping_reduction", "l0_reduction", "precision",
+    "dataset", "image_size", "holdout", "model", "width", "bottleneck", "method", "gamma", "lam", "seed",
+    "epochs", "batch_size", "lr", "momentum", "weight_decay", "gate_weight_decay", "calendar", "lr_drops",
+    "lam_until", "gamma_from", "gamma_full", "reference_steps", "shaping_reduction", "l0_reduction",
+    "precision",
 )} | {"gamma": 0.0, "lam": 0.0, "image_size": 0}
 _COUNTED_SEGMENTATION = {name: SETTINGS[name].default for name in (
-    "dataset", "image_size", "holdout", "backbone", "bottleneck", "method", "lam", "shaping_reduction", "pooled",
-    "weights", "seed", "steps", "batch_size", "accumulate", "crop", "lr", "power", "momentum", "weight_decay",
-    "gate_weight_decay", "aux", "dropout", "val_every", "precision",
+    "dataset", "image_size", "holdout", "backbone", "bottleneck", "method", "lam", "shaping_reduction",
+    "pooled", "weights", "seed", "steps", "batch_size", "accumulate", "crop", "lr", "power", "momentum",
+    "weight_decay", "gate_weight_decay", "aux", "dropout", "val_every", "precision",
 )} | {"lam": 0.0, "pooled": 0, "weights": "", "image_size": 0}
 
 # %% ../nbs/03_runs.ipynb #23b18a09
@@ -213,18 +214,31 @@ def _wide(run) -> str:
 
 TASKS = {
     "classification": Task(
-        "classification", "bas_repro.train", ("model", "width", "stream", "epochs"), (),
-        {"paper": ("calendar", "lr_drops"), "linear": ("warmup",)}, {},
-        _drops, _wide, lambda run: f"e{run.epochs}", "-warm", _COUNTED, _check_classification,
+        "classification",
+        module="bas_repro.train",
+        settings=("model", "width", "stream", "epochs"),
+        schedules={"paper": ("calendar", "lr_drops"), "linear": ("warmup",)},
+        fall=_drops,
+        network=_wide,
+        span=lambda run: f"e{run.epochs}",
+        warm="-warm",
+        counted=_COUNTED,
+        check=_check_classification,
     ),
     "segmentation": Task(
-        "segmentation", "bas_repro.segmentation",
-        ("backbone", "dropout", "steps", "accumulate", "crop", "aux", "val_every"), ("start",),
-        {"paper": ("power",), "linear": ("warmup",)},
-        {"method": "shaping", "lam": 0.2, "batch_size": 6, "lr": 0.02, "weight_decay": 1e-4,
-         "gate_weight_decay": 1e-6, "compile": "no"},
-        _polynomial, lambda run: run.backbone.replace("resnet", "pspnet"), lambda run: f"i{run.steps}", "-pre", _COUNTED_SEGMENTATION,
-        _check_segmentation,
+        "segmentation",
+        module="bas_repro.segmentation",
+        settings=("backbone", "dropout", "steps", "accumulate", "crop", "aux", "val_every"),
+        schedules={"paper": ("power",), "linear": ("warmup",)},
+        fall=_polynomial,
+        network=lambda run: run.backbone.replace("resnet", "pspnet"),
+        span=lambda run: f"i{run.steps}",
+        warm="-pre",
+        counted=_COUNTED_SEGMENTATION,
+        check=_check_segmentation,
+        never=("start",),
+        defaults={"method": "shaping", "lam": 0.2, "batch_size": 6, "lr": 0.02, "weight_decay": 1e-4,
+                  "gate_weight_decay": 1e-6, "compile": "no"},
     ),
 }
 
@@ -276,7 +290,7 @@ class _Settings:
         self.__dict__.update((name, value) for name, value in self.settings.items() if name not in _TAKEN)
         for name, value in given.items():
             if name in _foreign(self.task) and not _not_given(value):
-                raise TypeError(f"{name}={value!r} is no setting of {self.task.name}, which {self.dataset} is for")
+                raise TypeError(f"{name}={value!r} is no setting of {self.task.name} ({self.dataset})")
         self.task.check(self)
         self.method.check(self)
         _check_device(self.settings.get("device", "cpu"))
@@ -326,12 +340,12 @@ def _name(run: _Settings) -> str:
     marks = f"-{SETTINGS[dial].mark}{getattr(run, dial):g}" if dial else ""
     marks += f"-p{run.pooled}" if run.has("pooled") else ""
     marks += run.task.warm if run.has("start") or run.has("weights") else ""
-    parts = (run.dataset, run.task.network(run), run.method.name + marks, run.task.span(run), f"s{run.seed}", digest)
-    return "-".join(parts)
+    net, span = run.task.network(run), run.task.span(run)
+    return f"{run.dataset}-{net}-{run.method.name}{marks}-{span}-s{run.seed}-{digest}"
 
 
 def dial_of(run: _Settings) -> str:
-    "The setting by which a run trades accuracy for computation: its method's dial, or a budget instead of it."
+    "The setting by which a run trades accuracy for computation: its method's dial, or a budget instead."
     return "target_macs" if run.has("target_macs") else run.method.dial
 
 # %% ../nbs/03_runs.ipynb #59cbdb09
@@ -344,6 +358,7 @@ class Run(_Settings):
         **given,  # settings: names of SETTINGS
     ):
         super().__init__(given)
+        self.given = given
         self.out = Path(out or core.root()/"outputs"/"train")
         self.name = _name(self)
 
@@ -354,8 +369,8 @@ class Run(_Settings):
     @property
     def identity(self) -> dict:
         "The settings that decide the run's numbers, as plain values."
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()}
-        return {name: value for name, value in plain.items() if name not in _MACHINE}
+        own = {name: value for name, value in self.settings.items() if name not in _MACHINE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
 
     @property
     def work(self):
@@ -363,8 +378,8 @@ class Run(_Settings):
         return importlib.import_module(self.task.module).WORK
 
     def replace(self, **changes) -> "Run":
-        "The same run but for some settings; None takes one away."
-        return Run(self.out, **{**self.settings, **changes})
+        "The same run but for some settings, as if given instead; None takes one away."
+        return Run(self.out, **{**self.given, **changes})
 
     def record(self) -> dict | None:
         "Its metrics.json; None before it is complete. `ValueError` if that is damaged or another run's."
@@ -482,8 +497,8 @@ def grid(
     "All runs that some settings stand for. Every one is checked; the first bad setting raises in one line."
     spread = {}
     for name, value in settings.items():
-        several = isinstance(value, (list, tuple)) and (name not in SETTINGS or SETTINGS[name].kind is not tuple)
-        spread[name] = value if several else [value]
+        whole = name in SETTINGS and SETTINGS[name].kind is tuple
+        spread[name] = value if isinstance(value, (list, tuple)) and not whole else [value]
         if not len(spread[name]):
             raise ValueError(f"{name}=[]: give at least one value")
     combinations = itertools.product(*spread.values())
@@ -498,14 +513,14 @@ class Study:
     "Runs that are drawn together."
     runs: list  # of Run
     folder: Path  # of its figures
-    jobs: int = 1  # runs at a time
+    jobs: int = 1  # runs at a time; 0: train nothing, show what is complete
 
     def complete(self) -> list[Run]:
         "Those of its runs that have a record."
         return [run for run in self.runs if run.record()]
 
     def __str__(self):
-        where = self.folder.relative_to(core.root()) if self.folder.is_relative_to(core.root()) else self.folder
+        where = "/".join(self.folder.parts[-3:])
         return f"{len(self.runs)} runs, {len(self.complete())} of them complete; figures go to {where}"
 
 # %% ../nbs/03_runs.ipynb #721e4a8d
@@ -513,8 +528,8 @@ def _runs(given: dict, out: Path) -> list[Run]:
     "The runs of a preset: each entry of `runs` with what stands beside them, which wins."
     entries = given.get("runs") or [{}]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"runs={entries!r}: give a list of settings, such as [{{method: plain}}, {{method: bas}}]")
-    shared = {name: value for name, value in given.items() if name not in _OF_A_STUDY and not _not_given(value)}
+        raise ValueError(f"runs={entries!r}: give a list such as [{{gamma: 0.1}}, {{gamma: 0.2}}]")
+    shared = {k: value for k, value in given.items() if k not in _OF_A_STUDY and not _not_given(value)}
     return list(dict.fromkeys(run for entry in entries for run in grid({**entry, **shared}, out)))
 
 
@@ -542,7 +557,8 @@ def study(
     if given.get("notebook") not in (None, notebook):
         raise ValueError(f"this preset is for nbs/{given['notebook']}.ipynb, not for {notebook}")
     runs = _runs(given, core.root()/"outputs"/notebook)
-    return Study(runs, _folder(notebook, runs, given.get("run")), given.get("jobs") or 1)
+    jobs = 1 if given.get("jobs") is None else given["jobs"]
+    return Study(runs, _folder(notebook, runs, given.get("run")), jobs)
 
 
 def read_preset(

@@ -34,8 +34,8 @@ def load_backbone(
     theirs = state if isinstance(state, dict) else {}
     missing = {name for name in wanted if name not in theirs or theirs[name].shape != own[name].shape}
     if missing:
-        raise ValueError(f"{path} is of another network: {len(missing)} of {len(wanted)} weights are not there "
-                         f"or of another shape, such as {min(missing)}")
+        raise ValueError(f"{path} is of another network: {len(missing)} of {len(wanted)} weights are not "
+                         f"there or of another shape, such as {min(missing)}")
     net.load_state_dict({name: state[name] for name in wanted}, strict=False)
 
 
@@ -181,11 +181,11 @@ def _evaluate(run: Run, model: nn.Module, images, splits: data.Splits, ledger: m
     return evaluate(model, images, splits.classes, run.precision, run.workers)
 
 
-def _watch(run: Run, model: nn.Module, splits: data.Splits, ledger: methods.Ledger, last: bool, epoch: int) -> tuple:
+def _watch(run: Run, model: nn.Module, splits: data.Splits, ledger: methods.Ledger, last: bool, epoch: int):
     "The epoch's scores on the validation pictures, where they are due."
     due = last or (run.val_every and (epoch + 1) % run.val_every == 0)
     names = ("miou", "accuracy")
-    if not (due and len(splits.val)):
+    if not due or not len(splits.val):
         return {f"val_{name}": None for name in names}, None
     scores = _evaluate(run, model, splits.val, splits, ledger).scores
     return {f"val_{name}": scores[name] for name in names}, None

@@ -25,10 +25,8 @@ except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 # %% ../nbs/02f_triton.ipynb #47ae3edf
-def _jit(
-    function,  # a kernel in Triton's subset of Python
-):  # the kernel; without triton the function as it is
-    "`triton.jit`, where there is triton."
+def _jit(function):
+    "`triton.jit` of a kernel, where there is triton; elsewhere the function as it is."
     return function if triton is None else triton.jit(function)
 
 # %% ../nbs/02f_triton.ipynb #18281371
@@ -79,14 +77,8 @@ class Lists(NamedTuple):
     block: int  # channels of a tile
 
 # %% ../nbs/02f_triton.ipynb #e09c48ad
-def _empty_lists(
-    places: int,  # gated places of the block
-    n: int,  # images
-    channels: int,  # channels of a gated place
-    block: int,  # channels of a tile, a power of two
-    device: torch.device,  # where they live
-) -> Lists:
-    "Lists to be written by a kernel."
+def _empty_lists(places: int, n: int, channels: int, block: int, device: torch.device) -> Lists:
+    "Lists for a kernel to write: of n images and the channels of each place, in tiles of `block`."
     rows = torch.empty(places, n, 1 + channels, dtype=torch.int32, device=device)
     tiles = torch.zeros(places, 1 + n * triton.cdiv(channels, block), dtype=torch.int32, device=device)
     return Lists(rows, tiles, block)
@@ -156,23 +148,15 @@ class _Gating(NamedTuple):
     places: int  # gated places of the block
 
 # %% ../nbs/02f_triton.ipynb #2a737aff
-def _pack_gating(
-    gating: nn.Module,  # a GatingModule in evaluation mode
-    places: int,  # gated places that its outputs are for
-) -> _Gating:
-    "Fold a gating module and make it contiguous."
+def _pack_gating(gating: nn.Module, places: int) -> _Gating:
+    "Fold a GatingModule in evaluation mode, whose outputs are for so many gated places."
     fc1 = fuse_linear_bn_eval(gating.fc1, gating.bn)
     weights = (fc1.weight, fc1.bias, gating.fc2.weight, gating.fc2.bias)
     return _Gating(*(w.detach().float().contiguous() for w in weights), places)
 
 # %% ../nbs/02f_triton.ipynb #9a500ead
-def _gate(
-    sums: torch.Tensor,  # (N, slices, C_in) float32: partial sums of the features over pixels
-    pixels: int,  # H · W of the features
-    gating: _Gating,  # from _pack_gating()
-    block: int = 32,  # channels of a tile
-) -> Lists:
-    "Which channels each image opens, decided and listed on the device."
+def _gate(sums: torch.Tensor, pixels: int, gating: _Gating, block: int = 32) -> Lists:
+    "Which channels each image opens, from sums (N, slices, C_in) over pixels: decided on the device."
     (n, slices, c_in), (rows, hidden) = sums.shape, gating.fc2.shape
     channels, up = rows // gating.places, triton.next_power_of_2
     lists = _empty_lists(gating.places, n, channels, block, sums.device)
@@ -369,9 +353,7 @@ def _conv(
     return y, total
 
 # %% ../nbs/02f_triton.ipynb #80606900
-def _programs(
-    device: torch.device,  # CUDA, or the CPU for the interpreter
-) -> int:
+def _programs(device: torch.device) -> int:
     "How many programs walk a list of tiles."
     if device.type != "cuda":
         return 2

@@ -98,7 +98,7 @@ BAD = {
     "nothing in runs": ((RUNS, "runs:"), ValueError, "not empty"),
     "runs an empty list": ((RUNS, "runs: []"), ValueError, "not empty"),
     "runs a word": ((RUNS, "runs: bas"), ValueError, "runs='bas'"),
-    "runs of words": (("- {method: plain}", "- plain"), ValueError, "give a list of settings"),
+    "runs of words": (("- {method: plain}", "- plain"), ValueError, "give a list such as"),
     "no notebook": (("notebook: 04_cifar10", ""), ValueError, "'notebook:'"),
     "above and in runs": (("plain}", "plain, epochs: 2}"), ValueError, "epochs stands above 'runs:'"),
     "no value": (("[0.05, 0.1]", "[]"), ValueError, "gamma=[]"),
