@@ -675,6 +675,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                  'bas_repro.train._synchronised': ('train.html#_synchronised', 'bas_repro/train.py'),
                                  'bas_repro.train._together': ('train.html#_together', 'bas_repro/train.py'),
                                  'bas_repro.train._train_epoch': ('train.html#_train_epoch', 'bas_repro/train.py'),
+                                 'bas_repro.train._value': ('train.html#_value', 'bas_repro/train.py'),
                                  'bas_repro.train._watch': ('train.html#_watch', 'bas_repro/train.py'),
                                  'bas_repro.train._watching': ('train.html#_watching', 'bas_repro/train.py'),
                                  'bas_repro.train._weight': ('train.html#_weight', 'bas_repro/train.py'),

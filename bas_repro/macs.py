@@ -80,7 +80,7 @@ def gate_costs(
     counted = (nn.Conv2d, nn.Linear, GlobalPool)
     if batchnorm:
         counted += (nn.BatchNorm2d,)
-    ghost = copy.deepcopy(model).to("meta").eval()
+    ghost = copy.deepcopy(model).to("meta", torch.float32).eval()
     for name, module in ghost.named_modules():
         if isinstance(module, counted):
             module.register_forward_hook(partial(note, name))

@@ -176,6 +176,7 @@ def segmentation_scores(
 ) -> MetricCollection:  # .update(predictions, labels) a batch, then .compute(): a dict of the three
     "§5's scores, 0 to 1: 'miou', 'iou' (num_classes,), and 'accuracy', the share of pixels named rightly."
     options = {"num_classes": num_classes, "ignore_index": void, "validate_args": False}
+    options["sync_on_compute"] = False  # of several processes, each has its own scores
     return MetricCollection({
         "miou": MulticlassJaccardIndex(average="macro", **options),
         "iou": MulticlassJaccardIndex(average="none", zero_division=torch.nan, **options),

@@ -441,11 +441,11 @@ def _read_model(run: Run) -> torch.nn.Module:
     file = run.folder/"model.pt"
     if not (run.record() and file.exists()):
         raise FileNotFoundError(f"{file} is not there: records come without weights; train the run first")
-    net = run.work.build(run, run.record()["classes"])
+    net, remedy = run.work.build(run, run.record()["classes"]), "remove its folder, and train the run again"
     try:
-        net.load_state_dict(core.read_state(file, "the weights of a run"))
+        net.load_state_dict(core.read_state(file, "the weights of a run", remedy))
     except RuntimeError:
-        raise ValueError(f"{file} is not of this run's network: remove it, and train the run again") from None
+        raise ValueError(f"{file} is not of this run's network: {remedy}") from None
     return net.eval()
 
 # %% ../nbs/03_runs.ipynb #626d80c7

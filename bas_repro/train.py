@@ -699,7 +699,7 @@ def _fit_saving(run: Run, model: nn.Module, splits: data.Splits, found: dict | N
 
     def after(state):
         nonlocal saved
-        if not quiet:
+        if not quiet and process()[0] == 0:
             tqdm.write(" ".join(f"{k}={v:.4g}" for k, v in state.log[-1].items() if v is not None))
         due = time.monotonic() - saved > SAVE_EVERY or len(state.log) in (until, epochs)
         if due and process()[0] == 0:
@@ -837,13 +837,24 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _value(
+    name: str,
+    text: str,  # YAML, such as 0.1 or [32, 32]
+):
+    "The value of a setting on the command line."
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"-p {name} {text} is not YAML: give a value such as 0.1 or [32, 32]") from None
+
+
 def main(
     arguments: list[str] | None = None,  # None: the command line's
 ) -> None:
     "Train all runs of the given presets and print a line for each."
     options = _arguments(arguments)
     try:
-        others = {name: yaml.safe_load(value) for name, value in options.p}
+        others = {name: _value(name, text) for name, text in options.p}
         study = [run for path in options.presets for run in runs.preset(path, **others).runs]
         with processes(), _backend(options.dask):
             rank, world = process()

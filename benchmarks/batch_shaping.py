@@ -1,8 +1,8 @@
 """How much faster is the batch-shaping loss than one that asks SciPy for the CDF and the density each time?
 
-Forward and backward on [256, 336] (the gates of a CIFAR ResNet-20) and [256, 3776] (ResNet-34) float32, one thread:
-the straightforward loss, ours, and ours compiled, in turn, in one run; medians and ratios. The CPU always, and a CUDA
-device where there is one (there also whether a step makes the CPU wait for the device).
+Forward and backward on [256, 336] (the gates of a CIFAR ResNet-20) and [256, 3776] (ResNet-34) float32, one
+thread: the straightforward loss, ours, and ours compiled, in turn, in one run; medians and ratios. The CPU always,
+and a CUDA device where there is one (there also whether a step makes the CPU wait for the device).
 
     python benchmarks/batch_shaping.py [--rounds 15]
 """
@@ -33,7 +33,8 @@ class Straightforward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         x_sort, order, gap = ctx.saved_tensors
-        pdf = torch.from_numpy(beta.pdf(x_sort.cpu().numpy(), 0.6, 0.4).astype(np.float32)).clamp(max=1e4).to(gap.device)
+        pdf = torch.from_numpy(beta.pdf(x_sort.cpu().numpy(), 0.6, 0.4).astype(np.float32))
+        pdf = pdf.clamp(max=1e4).to(gap.device)
         return upstream * torch.zeros_like(gap).scatter_(0, order, -2 / len(gap) * pdf * gap)
 
 
@@ -41,8 +42,10 @@ def step(loss, x):
     "Seconds of one forward and backward pass, the value, and the gradient."
     x = x.clone().requires_grad_()
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
-    wait(); start = time.perf_counter()
-    value = loss(x); value.backward()
+    wait()
+    start = time.perf_counter()
+    value = loss(x)
+    value.backward()
     wait()
     return time.perf_counter() - start, value.item(), x.grad
 
@@ -51,9 +54,12 @@ def waits(loss, x):
     "Does a step make the CPU wait for the CUDA device?"
     x = x.clone().requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
-    try: loss(x).backward()
-    except RuntimeError as error: return str(error).splitlines()[0]
-    finally: torch.cuda.set_sync_debug_mode("default")
+    try:
+        loss(x).backward()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     return "no"
 
 
@@ -64,16 +70,19 @@ def compare(features, device, rounds):
     compiled = torch.compile(batch_shaping_loss, fullgraph=True)
     losses = {"straightforward (SciPy)": Straightforward.apply, "ours": batch_shaping_loss, "ours, compiled": compiled}
     _, value, grad = step(Straightforward.apply, x)
-    for loss in losses.values():                                       # warm up, and the same numbers
-        for _ in range(3): _, v, g = step(loss, x)
+    for loss in losses.values():  # warm up, and the same numbers
+        for _ in range(3):
+            _, v, g = step(loss, x)
         assert abs(v / value - 1) < 1e-4 and (g - grad).abs().quantile(0.99) < 1e-5 * grad.abs().max()
     seconds = {name: [] for name in losses}
     for _ in range(rounds):
-        for name, loss in losses.items(): seconds[name].append(step(loss, x)[0])
+        for name, loss in losses.items():
+            seconds[name].append(step(loss, x)[0])
     base = median(seconds["straightforward (SciPy)"])
     for name, s in seconds.items():
         wait = f"  waits for the device: {waits(losses[name], x)}" if device == "cuda" else ""
-        print(f"[256, {features}] {device:4} {name:24} {median(s) * 1e3:9.3f} ms (least {min(s) * 1e3:.3f})   {base / median(s):6.1f} times as fast{wait}")
+        took = f"{median(s) * 1e3:9.3f} ms (least {min(s) * 1e3:.3f})"
+        print(f"[256, {features}] {device:4} {name:24} {took}   {base / median(s):6.1f} times as fast{wait}")
 
 
 if __name__ == "__main__":
@@ -81,6 +90,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=15, help="timings of each loss (15)")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, NumPy {np.__version__}, SciPy {scipy.__version__}; 1 thread, medians of {rounds}")
+    versions = f"torch {torch.__version__}, NumPy {np.__version__}, SciPy {scipy.__version__}"
+    print(f"{versions}; 1 thread, medians of {rounds}")
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        for features in 336, 3776: compare(features, device, rounds)
+        for features in (336, 3776):
+            compare(features, device, rounds)

@@ -1,7 +1,10 @@
-"""Peak memory of one training step of a gated PSPNet, as Appendix B.3 has it: 448×672 pixels, batch 6, whole and in parts.
+"""Peak memory of one training step of a gated PSPNet, as Appendix B.3 has it: 448×672 pixels, batch 6, whole and in
+parts.
 
-python benchmarks/segmentation_memory.py [--backbone resnet50] [--device cuda]; several minutes and about 15 GB on a CPU.
-Each step runs in a process of its own; on a CPU the peak is what the operating system saw (ru_maxrss), less what was there before the network.
+    python benchmarks/segmentation_memory.py [--backbone resnet50] [--device cuda] [--crop 448 672]
+
+Several minutes and about 15 GB on a CPU. Each step runs in a process of its own; on a CPU the peak is what the
+operating system saw (ru_maxrss), less what was there before the network.
 """
 import argparse
 import resource
@@ -11,19 +14,28 @@ from multiprocessing import get_context
 
 import torch
 
-from bas_repro import core, segmentation, train
+from bas_repro import core, train
+from bas_repro.runs import Run
 
 
-def step(config: segmentation.Config, device: str) -> dict:
+def resident() -> float:
+    "The most memory that this process has had, in bytes."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step(run: Run, device: str) -> dict:
     "One step on noise: the peak in GiB, its seconds."
-    before, (height, width) = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, config.crop
-    model = segmentation.build(config, 19).to(device, memory_format=torch.channels_last).train()
-    opt, began = train.optimiser(model, config), time.perf_counter()
-    x = torch.randn(config.batch_size, 3, height, width, device=device).to(memory_format=torch.channels_last)
-    y = torch.randint(19, (config.batch_size, height, width), dtype=torch.uint8, device=device)
-    segmentation.gradients(model, x, y, None, config)
+    before, (height, width) = resident(), map(int, run.crop)
+    model = run.work.build(run, 19)
+    plan = train.Plan(run, run.work, train.Length(1, 1, 1), train.ledger(run, model, 19, (height, width)))
+    model = model.to(device, memory_format=torch.channels_last).train()
+    opt, began = train.optimiser(model, run), time.perf_counter()
+    x = torch.randn(run.batch_size, 3, height, width, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(19, (run.batch_size, height, width), dtype=torch.uint8, device=device)
+    lam, none = torch.tensor(run.settings.get("lam", 0.0), device=device), torch.zeros((), device=device)
+    train.gradients(model, x, y, lam, none, None, plan)
     opt.step()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident() - before
     return {"GiB": round(peak / 2**30, 2), "seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -31,9 +43,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--crop", type=int, nargs=2, default=(448, 672), help="height and width in pixels")
     options = parser.parse_args()
-    print({name: value for name, value in core.environment(options.device).items() if name in ("torch", "machine", "device", "threads")})
-    for method, accumulate in (("shaping", 1), ("shaping", 3), ("plain", 1)):
-        config = segmentation.Config(backbone=options.backbone, method=method, accumulate=accumulate, crop=(448, 672))
+    made = core.environment(options.device)
+    print({name: made[name] for name in ("torch", "machine", "device", "threads") if name in made})
+    for method, parts in (("shaping", 1), ("shaping", 3), ("plain", 1)):
+        run = Run(dataset="scenes", backbone=options.backbone, method=method, accumulate=parts, crop=options.crop)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            print(f"{options.backbone} {method}, 6 pictures of 448×672 in {accumulate} part(s):", pool.submit(step, config, options.device).result(), flush=True)
+            peak = pool.submit(step, run, options.device).result()
+        sizes = "×".join(map(str, options.crop))
+        print(f"{options.backbone} {method}, 6 pictures of {sizes} in {parts} part(s):", peak, flush=True)

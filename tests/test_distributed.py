@@ -1,7 +1,7 @@
-"""Two gloo processes of 64 images give the loss curve of one process of 128; torchrun trains on two, leaves one record, and goes on
-where it was killed. Batch normalization is synchronised by train.SyncedBatchNorm: torch's own does not run on the CPU. Where curves
-are compared, the gates' noise is off, since each process draws its own."""
-import dataclasses
+"""Two gloo processes of 64 images give the loss curve of one process of 128; torchrun trains on two, leaves
+one record, and goes on where it was killed. BatchNorm is synchronised by train.SyncedBatchNorm, since torch's
+own does not run on the CPU. Where curves are compared, the gates' noise is off, since each process draws its
+own."""
 import os
 import signal
 import subprocess
@@ -10,37 +10,52 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
-from bas_repro import core, data, resnet, train
+from bas_repro import core, data, train
+from bas_repro.runs import Run
 
 ROOT = Path(__file__).parents[1]
-BAS = train.Config(epochs=5, batch_size=128, image_size=8, lr=0.02, reference_steps=0, lam_until=400, gamma_from=0, device="cpu", compile="no")
-RUNS = [BAS, *(dataclasses.replace(BAS, epochs=2, **own) for own in ({"target_macs": 0.3}, {"method": "aig", "target": 0.5}))]  # the last two with losses that are no means over images
+BAS = Run(model="resnet8", epochs=5, batch_size=128, image_size=8, lr=0.02, reference_steps=0, lam_until=400,
+          gamma_from=0, device="cpu", compile="no")
+RUNS = {
+    "bas": BAS,
+    "budget": BAS.replace(epochs=2, target_macs=0.3),  # this loss and the next are no means over images
+    "aig": BAS.replace(epochs=2, method="aig", target=0.5),
+    "segmentation": Run(dataset="scenes", image_size=32, crop=(32, 32), batch_size=8, steps=4, pooled=16,
+                        dropout=0.0, lr=0.01, device="cpu"),
+}
 COMMAND = {"epochs": 4, "batch_size": 512, "image_size": 4}
 
 
-def curve(config):
+def _without_noise(x):
+    return torch.full_like(x, 0.5)
+
+
+def curve(run):
     "The losses of all steps, (steps, 5), and the weights and running statistics after them."
-    parts, splits = [], train.load_data(config.dataset, "", config.holdout, config.image_size, "cpu")
-    with mock.patch.dict(train.MODELS, resnet20=lambda classes, **options: resnet.cifar_resnet(8, classes)):  # a small one: fewer messages
-        model = train.synchronised(train.build(config, 10), "cpu").to(torch.float64, memory_format=torch.channels_last)
-    net = torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    parts, splits, normalise = [], run.work.read(run, "cpu"), data.normalise
+    model = train._synchronised(run.work.build(run, len(splits.classes)), "cpu")
+    model = model.to(torch.float64, memory_format=torch.channels_last)
 
-    def loss(*arguments):
-        parts.append(train.losses(*arguments))
-        return parts[-1]
+    def losses(*arguments):
+        found, memory = train.losses(*arguments)
+        parts.append(found)
+        return found, memory
 
-    opt, own = train.optimiser(model, config), train.own_loss(config, model, splits.size)
-    double = lambda x, normalise=data.normalise: normalise(x).double()  # in float32 a gate of logit 0 may open on one side and not on the other
-    with mock.patch.object(data, "normalise", double), mock.patch.object(torch, "rand_like", lambda x: torch.full_like(x, 0.5)):  # of which all noise here is made
-        for epoch in range(config.epochs):
-            train.train_epoch(net, opt, loss, splits, config, own, epoch, mock.Mock())
+    def double(x):  # in float32 a gate of logit 0 may open on one side and not on the other
+        return normalise(x).double()
+
+    with (
+        mock.patch.object(train, "compiled", return_value=losses),
+        mock.patch.object(data, "normalise", double),
+        mock.patch.object(torch, "rand_like", _without_noise),  # of which all noise here is made
+    ):
+        train.fit(run, model, splits)
     return torch.stack(parts).detach(), model.state_dict()
 
 
@@ -48,7 +63,7 @@ def one_of_two(rank, folder):
     "A process of the two; what it found is stored in `folder`."
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save([curve(config) for config in RUNS], f"{folder}/{rank}.pt")
+    torch.save({name: curve(run) for name, run in RUNS.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -59,41 +74,53 @@ def together(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("run", range(3), ids=["bas", "budget", "aig"])
-def test_the_loss_curve_is_that_of_one_process(together, tell, run):
-    losses, state = curve(RUNS[run])
-    assert len(losses) == 11 * RUNS[run].epochs and losses[0, 0] > losses[-1, 0] and losses[:, :3].abs().sum(0).count_nonzero() >= 2
-    for theirs, weights in (rank[run] for rank in together):
+def furthest(ours, theirs):
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_loss_curve_is_that_of_one_process(together, tell, name):
+    run = RUNS[name]
+    losses, state = curve(run)
+    assert len(losses) == (run.steps if run.has("steps") else 11 * run.epochs)
+    assert losses[0, 0] > losses[-1, 0] and losses[:, :3].abs().sum(0).count_nonzero() >= 2
+    losses_off = weights_off = 0
+    for theirs, weights in (rank[name] for rank in together):
         assert_close(theirs[:, :3], losses[:, :3], rtol=1e-4, atol=1e-4)
         assert_close(weights, state, rtol=1e-3, atol=1e-3)
-    furthest = lambda pairs: max((a - b).abs().max().item() for a, b in pairs)
-    off = furthest((rank[run][0][:, :3], losses[:, :3]) for rank in together), furthest((rank[run][1][k], v) for rank in together for k, v in state.items())
-    tell(f"two processes against one, {RUNS[run].method}, {len(losses)} steps: float32 losses differ by {off[0]:.0e}, float64 weights by {off[1]:.0e} at most")
+        values = [weights[key] for key in state]
+        losses_off = max(losses_off, furthest(losses[:, :3], theirs[:, :3]))
+        weights_off = max(weights_off, furthest(state.values(), values))
+    words = f"losses differ by {losses_off:.0e}, weights by {weights_off:.0e} at most"
+    tell(f"two processes against one, {name}, {len(losses)} steps: {words}")
 
 
 def torchrun(folder, **options):
     "Train the preset in two processes."
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bas_repro.train", "params/study/a.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BAS_SAVE_EVERY": "0", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **options)
+    module = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BAS_SAVE_EVERY": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*module, "bas_repro.train", "params/study/a.yaml"]
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, **own}, **options)
 
 
 def test_torchrun_goes_on_where_it_was_killed(tmp_path):
     (tmp_path / "settings.ini").write_text((ROOT / "settings.ini").read_text())
-    core.write_params(tmp_path / "params" / "study" / "a.yaml", COMMAND)
-    config = train.Config(**COMMAND)
-    folder = tmp_path / "outputs" / "study" / train.slug(config)
+    preset = {"notebook": "study", **COMMAND, "runs": [{"method": "bas"}]}
+    core.write_params(tmp_path / "params" / "study" / "a.yaml", preset)
+    run = Run(tmp_path / "outputs" / "study", **COMMAND)
     first = torchrun(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "checkpoint.pt").exists():
+    while not (run.folder / "checkpoint.pt").exists():
         assert first.poll() is None
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
+    workers = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
+    for process in (first.pid, *map(int, workers)):  # each worker is in a session of its own
+        os.kill(process, signal.SIGKILL)
     first.wait()
-    assert not (folder / "metrics.json").exists()
+    assert not (run.folder / "metrics.json").exists()
     second = torchrun(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     printed, said = second.communicate()
     assert second.returncode == 0, said
-    assert printed.count("test accuracy") == 1 and printed.count("epoch=") < config.epochs  # one process prints, and it did not start anew
-    metrics = train.finished(folder, config)
-    assert metrics["processes"] == 2 and len(pd.read_csv(folder / "log.csv")) == config.epochs
-    train.build(config, 10).load_state_dict(torch.load(folder / "model.pt", weights_only=True))  # the network of one process
+    assert printed.count("test accuracy") == 1  # one process prints
+    assert printed.count("epoch=") < run.epochs  # it did not start anew
+    assert run.record()["processes"] == 2 and len(run.log()) == run.epochs
+    run.model()  # the network of one process

@@ -1,4 +1,5 @@
-"""A sweep outlives its workers: killed in joblib's pool or on a Dask cluster, the runs end with the numbers of an undisturbed sweep."""
+"""A sweep outlives its workers: killed in joblib's pool or on a Dask cluster, the runs end with the numbers of
+an undisturbed sweep."""
 import os
 import signal
 import subprocess
@@ -10,22 +11,28 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bas_repro import core, train
+from bas_repro import core, runs, train
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = {"epochs": 20, "batch_size": 256, "image_size": 4, "method": ["plain", "bas"]}
+SETTINGS = {"epochs": 20, "batch_size": 256, "image_size": 4}
+METHODS = ["plain", "bas"]
+PRESET = "params/study/both.yaml"
 REPORTED = ("test_accuracy", "macs_mean", "val_accuracy")
+
+
+def study(out):
+    return runs.grid({**SETTINGS, "method": METHODS}, out)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return train.sweep(train.grid(SETTINGS), tmp_path_factory.mktemp("undisturbed"))
+    return train.sweep(study(tmp_path_factory.mktemp("undisturbed")))
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     (tmp_path / "settings.ini").write_text((ROOT / "settings.ini").read_text())
-    core.write_params(tmp_path / "params" / "study" / "both" / "a.yaml", SETTINGS)
+    core.write_params(tmp_path / PRESET, {"notebook": "study", **SETTINGS, "runs": [{"method": METHODS}]})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path
@@ -43,26 +50,36 @@ def wait_for_epochs(folder, rows=1):
 
 def same(folder, undisturbed):
     "Are the records there those of the undisturbed sweep?"
-    ours = [train.finished(folder / train.slug(config), config) for config in train.grid(SETTINGS)]
+    ours = [run.record() for run in study(folder)]
     return [[m[k] for k in REPORTED] for m in ours] == [[m[k] for k in REPORTED] for m in undisturbed]
 
 
+def started(command, environment):
+    "A sweep in a process of its own."
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+
+
+def workers_of(sweep):
+    "Numbers of the processes in joblib's pool."
+    command = ["pgrep", "-P", str(sweep.pid), "-f", "popen_loky"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+
 def test_a_killed_worker_of_the_pool(checkout, undisturbed):
-    code = "from bas_repro import train; train.main(['params/study/both/a.yaml', '--jobs', '2'])"
-    sweep = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "BAS_SAVE_EVERY": "0"})
+    code = f"from bas_repro import train; train.main([{PRESET!r}, '--jobs', '2'])"
+    sweep = started([sys.executable, "-c", code], {"BAS_SAVE_EVERY": "0"})
     wait_for_epochs(checkout / "outputs" / "study")
-    workers = subprocess.run(["pgrep", "-P", str(sweep.pid), "-f", "popen_loky"], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[0]), signal.SIGKILL)
+    os.kill(int(workers_of(sweep)[0]), signal.SIGKILL)
     printed, said = sweep.communicate()
     assert sweep.returncode == 0 and "a worker died" in said and printed.count("test accuracy") == 2
     assert same(checkout / "outputs" / "study", undisturbed)
 
 
 def test_a_terminated_sweep_leaves_no_worker_behind(checkout):
-    command = [sys.executable, "-m", "bas_repro.train", "params/study/both/a.yaml", "--jobs", "2"]
-    sweep = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    sweep = started([sys.executable, "-m", "bas_repro.train", PRESET, "--jobs", "2"], {})
     wait_for_epochs(checkout / "outputs" / "study", rows=0)
-    workers = subprocess.run(["pgrep", "-P", str(sweep.pid), "-f", "popen_loky"], capture_output=True, text=True).stdout.split()
+    workers = workers_of(sweep)
     sweep.terminate()
     sweep.communicate()
     assert sweep.returncode == 128 + signal.SIGTERM and len(workers) == 2
@@ -74,15 +91,23 @@ def test_a_killed_worker_of_a_dask_cluster(checkout, undisturbed, monkeypatch, c
     monkeypatch.setenv("BAS_SAVE_EVERY", "0")
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
         first = cluster.workers[0].pid
-        killer = threading.Thread(target=lambda: (wait_for_epochs(checkout / "outputs" / "study"), os.kill(first, signal.SIGKILL)))
+
+        def kill():
+            wait_for_epochs(checkout / "outputs" / "study")
+            os.kill(first, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
         killer.start()
-        train.main(["params/study/both/a.yaml", "--dask", cluster.scheduler_address])
+        train.main([PRESET, "--dask", cluster.scheduler_address])
         killer.join()
         assert cluster.workers[0].pid != first  # the nanny started another one
-    assert capfd.readouterr().out.count("test accuracy") == 2 and same(checkout / "outputs" / "study", undisturbed)
+    assert capfd.readouterr().out.count("test accuracy") == 2
+    assert same(checkout / "outputs" / "study", undisturbed)
 
 
-def test_dask_that_is_not_there(checkout):
-    pytest.importorskip("distributed")
+def test_dask_that_is_not_there(checkout, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    client = distributed.Client
+    monkeypatch.setattr(distributed, "Client", lambda address, timeout: client(address, timeout=1))
     with pytest.raises(SystemExit, match="error: .*127.0.0.1:9"):
-        train.main(["params/study/both/a.yaml", "--dask", "tcp://127.0.0.1:9"])
+        train.main([PRESET, "--dask", "tcp://127.0.0.1:9"])
