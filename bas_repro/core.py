@@ -25,6 +25,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from PIL import Image
 
 # %% ../nbs/00_core.ipynb #d053af80
 def root() -> Path:  # the folder that holds settings.ini
@@ -275,6 +276,8 @@ def save_figure(
     with whole(picture) as part:
         for dpi in (150, 120, 90, 70, 50):
             fig.savefig(part, dpi=dpi, bbox_inches="tight", format="png")
+            if part.stat().st_size > most:  # photographs: 256 colours are a third of the bytes
+                Image.open(part).convert("RGB").quantize(256).save(part, "PNG", optimize=True)
             if part.stat().st_size <= most:
                 break
     with whole(picture.with_suffix(".csv")) as part:

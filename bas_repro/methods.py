@@ -142,7 +142,7 @@ add(Method(
     loss=_l0_or_budget, strength=_growing, check=_milestones, static=True,
 ))
 add(Method(
-    "shaping", "batch-shaping only, fixed λ", "batch-shaping alone with fixed λ (§5)", look=("^", ""),
+    "shaping", "batch-shaping only", "batch-shaping alone with fixed λ (§5)", look=("^", ""),
     dial="lam", uses=("shaping_reduction", "pooled", *_GATE), gates=(gates.GatingModule,),
     convert=_channel_gates, lam=_fixed, static=True,
 ))
