@@ -1,5 +1,6 @@
 "The dialect of exported code: lines of at most 110 characters, and one statement a line."
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,10 @@ def test_one_statement_a_line(source):
                 crowded.append((first_line(statement), ast.unparse(statement)[:60]))
             before = statement.end_lineno
     assert not crowded
+
+
+def test_no_statement_stands_behind_else(source):
+    assert re.findall(r"^ *(?:else|try|finally): *[^\s#].*$", source, re.MULTILINE) == []
 
 
 def inner(node, name):
