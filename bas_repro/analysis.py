@@ -87,7 +87,8 @@ def _told_apart(table: pd.DataFrame) -> pd.Series:
     for _, rows in table.groupby(["curve", "setting", "steps"]):
         differ = [name for name in settings if rows[name].map(str).nunique() > 1]
         for i in rows.index if differ else ():
-            extra = [f"{runs.SETTINGS[name].sign or name}={table.at[i, name]}" for name in differ]
+            own = [name for name in differ if table.at[i, name] == table.at[i, name]]  # NaN: it has none
+            extra = [f"{runs.SETTINGS[name].sign or name}={table.at[i, name]}" for name in own]
             told[i] = ", ".join(filter(None, (table.at[i, "setting"], *extra)))
     return told
 
@@ -238,7 +239,8 @@ def compare(
         gains = pd.Series([_gain(*pair, score, equal_macs) for pair in pairs], dtype=float).dropna()
         if len(gains):
             rows.append((*key, gains.mean(), _interval(gains), len(gains)))
-    return pd.DataFrame(rows, columns=[*keys, "difference", "interval", "n"])
+    table = pd.DataFrame(rows, columns=[*keys, "difference", "interval", "n"])
+    return table.sort_values("steps", ignore_index=True)
 
 # %% ../nbs/03c_analysis.ipynb #20bb8d3f
 def _why_undecided(
@@ -269,6 +271,7 @@ def verdict(
     "What the comparison says of 'ours lies above theirs': it holds, does not hold, or is undecided and why."
     if lengths.empty:
         return "not measured"
+    lengths = lengths[lengths.schedule == lengths.schedule.iloc[-1]]
     why = _why_undecided(lengths, plain, score)
     words = "holds" if lengths.difference.iloc[-1] > 0 else "does not hold"
     parts = [_words(row) for row in lengths.itertuples()]

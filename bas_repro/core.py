@@ -67,8 +67,9 @@ def unknown(
     what: str = "parameter",  # what it is the name of
 ) -> str:
     "The one line that answers an unknown name: the nearest name that there is, or else all of them."
-    near = difflib.get_close_matches(str(name), known, 1)
-    hint = f"did you mean '{near[0]}'?" if near else f"it can be one of {', '.join(known)}"
+    near, some = difflib.get_close_matches(str(name), known, 1), list(known)[:12]
+    listed = ", ".join(some) + (", …" if len(known) > len(some) else "")
+    hint = f"did you mean '{near[0]}'?" if near else f"it can be one of {listed}"
     return f"unknown {what} '{name}': {hint}"
 
 # %% ../nbs/00_core.ipynb #8ede1034

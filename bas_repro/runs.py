@@ -556,8 +556,11 @@ def study(
         raise ValueError(f"preset={given['preset']!r}: presets are files now: papermill … -f {file}")
     if given.get("notebook") not in (None, notebook):
         raise ValueError(f"this preset is for nbs/{given['notebook']}.ipynb, not for {notebook}")
+    for name in given:
+        if name not in SETTINGS and name not in _OF_A_STUDY:
+            raise TypeError(core.unknown(name, [*_OF_A_STUDY, *SETTINGS]))
     runs = _runs(given, core.root()/"outputs"/notebook)
-    jobs = 1 if given.get("jobs") is None else given["jobs"]
+    jobs = 1 if given.get("jobs") is None else core.typed("jobs", given["jobs"], int)
     return Study(runs, _folder(notebook, runs, given.get("run")), jobs)
 
 
