@@ -1,14 +1,15 @@
-"""Images a second of decoding and augmentation, ours (data.Files) beside torchvision's plain pipeline, on the same
-files and workers.
+"""Images a second of decoding and augmentation, ours (data.Files) beside torchvision's plain pipeline, on
+the same files and workers.
 
     taskset -c 0,1 python benchmarks/data_path.py data/imagenette/train --workers 2
 
-Plain is what torchvision's training recipe does: ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor,
-Normalize, in a DataLoader. Ours, with the same shares of the picture's area, decodes at reduced scale where the crop
-allows, resamples the part alone, and leaves bytes, which are normalised on the training device: it is timed without
-that, as beside a GPU, and with `normalise` on the CPU. `--enlarge S` first re-encodes the files with a shorter side
-of S pixels, the size of ImageNet's own (most are 500×375), for a tree of small ones. They run in turn; each number is
-the median of `--rounds`. `--out FILE.csv` adds the numbers to a table.
+Plain is what torchvision's training recipe does: ImageFolder, RandomResizedCrop, RandomHorizontalFlip,
+ToTensor, Normalize, in a DataLoader. Ours, with the same shares of the picture's area, decodes at
+reduced scale where the crop allows, resamples the part alone, and leaves bytes, which are normalised on
+the training device: it is timed without that, as beside a GPU, and with `normalise` on the CPU.
+`--enlarge S` first re-encodes the files with a shorter side of S pixels, the size of ImageNet's own
+(most are 500×375), for a tree of small ones. They run in turn; each number is the median of `--rounds`.
+`--out FILE.csv` adds the numbers to a table.
 """
 import argparse
 import dataclasses
@@ -29,7 +30,7 @@ AREA = (0.08, 1.0)  # smallest and largest share of a picture: torchvision's own
 
 
 def enlarged(folder: Path, n: int, size: int) -> tempfile.TemporaryDirectory:
-    "A tree with the first n pictures of each class, their shorter side `size` pixels and 4:3, as JPEG of quality 90."
+    "The first n pictures of each class, 4:3, their shorter side `size` pixels, as JPEG of quality 90."
     tree = tempfile.TemporaryDirectory()
     for cls in sorted(f for f in folder.iterdir() if f.is_dir()):
         (Path(tree.name) / cls.name).mkdir()
@@ -80,10 +81,12 @@ def main():
     parser.add_argument("--out", type=Path, help="a CSV file that the numbers are added to")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tree, made = enlarged(options.folder, 100, options.enlarge) if options.enlarge else None, core.environment("cpu")
+    made = core.environment("cpu")
+    tree = enlarged(options.folder, 100, options.enlarge) if options.enlarge else None
     for size in options.size:
         arguments = (Path(tree.name) if tree else options.folder, size, options.workers, 64, options.images)
-        rounds = [[speed(loader, *arguments) for loader in (plain, ours, normalised)] for _ in range(options.rounds)]
+        loaders = (plain, ours, normalised)
+        rounds = [[speed(loader, *arguments) for loader in loaders] for _ in range(options.rounds)]
         a, b, c = map(statistics.median, zip(*rounds))
         files = f"{options.enlarge * 4 // 3}×{options.enlarge}" if tree else "as they are"
         row = {

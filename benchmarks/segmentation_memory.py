@@ -1,10 +1,10 @@
-"""Peak memory of one training step of a gated PSPNet, as Appendix B.3 has it: 448×672 pixels, batch 6, whole and in
-parts.
+"""Peak memory of one training step of a gated PSPNet, as Appendix B.3 has it: 448×672 pixels, batch 6,
+whole and in parts.
 
     python benchmarks/segmentation_memory.py [--backbone resnet50] [--device cuda] [--crop 448 672]
 
-Several minutes and about 15 GB on a CPU. Each step runs in a process of its own; on a CPU the peak is what the
-operating system saw (ru_maxrss), less what was there before the network.
+Several minutes and about 15 GB on a CPU. Each step runs in a process of its own; on a CPU the peak is
+what the operating system saw (ru_maxrss), less what was there before the network.
 """
 import argparse
 import resource
@@ -48,7 +48,8 @@ if __name__ == "__main__":
     made = core.environment(options.device)
     print({name: made[name] for name in ("torch", "machine", "device", "threads") if name in made})
     for method, parts in (("shaping", 1), ("shaping", 3), ("plain", 1)):
-        run = Run(dataset="scenes", backbone=options.backbone, method=method, accumulate=parts, crop=options.crop)
+        given = {"backbone": options.backbone, "method": method, "accumulate": parts, "crop": options.crop}
+        run = Run(dataset="scenes", **given)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             peak = pool.submit(step, run, options.device).result()
         sizes = "×".join(map(str, options.crop))

@@ -1,5 +1,5 @@
-"""Names of runs are those that stored runs have, and each method's training is what it was: a change of either would
-part the code from its records without a word."""
+"""Names of runs are those that stored runs have, and each method's training is what it was: a change of
+either would part the code from its records without a word."""
 import json
 from pathlib import Path
 from unittest import mock
@@ -29,7 +29,8 @@ def test_stored_runs_have_their_names():
 
 BF16 = {"batch_size": 32, "precision": "bf16"}
 CIFAR = {"dataset": "cifar10", "epochs": 1, **BF16}
-IMAGENET = {"dataset": "imagenet", "image_size": 64, "epochs": 3, "lr": 0.025, "lr_drops": [105, 130, 143], **BF16}
+IMAGENET = {"dataset": "imagenet", "image_size": 64, "epochs": 3, "lr": 0.025, "lr_drops": [105, 130, 143],
+            **BF16}
 CAMVID = {"dataset": "camvid", "image_size": 120, "steps": 1200, "crop": [96, 128], "val_every": 5,
           "precision": "bf16"}
 # The name that the code of November 2026 gave to a run, and the settings that it was given.
@@ -48,7 +49,8 @@ PINNED = {
     "digits-resnet18-bas-g0.1-e1-s0-78c3b8": {"method": "bas", "model": "resnet18", "epochs": 1},
     "digits-resnet20-bas-g0.1-e2-s0-7d2ed3": {"method": "bas", "epochs": 2, "compile": "yes"},
     "digits-resnet20-l0-g0.1-warm-e2-s0-ebd844": {"method": "l0", "epochs": 2, "start": "plain"},
-    "digits-resnet20x2-bas-g0.1-e1-s0-8e1d9f": {"method": "bas", "width": 2, "epochs": 1, "precision": "bf16"},
+    "digits-resnet20x2-bas-g0.1-e1-s0-8e1d9f": {
+        "method": "bas", "width": 2, "epochs": 1, "precision": "bf16"},
     "digits-resnet50-bas-g0.1-e1-s0-72fbdb": {
         "method": "bas", "model": "resnet50", "epochs": 1, "bottleneck": "two", "image_size": 16},
     "scenes-pspnet18-plain-i40-s0-82b9ab": {"dataset": "scenes", "method": "plain", "steps": 40},
@@ -58,10 +60,12 @@ PINNED = {
     "cifar10-resnet20-bas-g0.02-warm-e1-s0-cecb00": {**CIFAR, "start": "plain", "gamma": 0.02},
     "cifar10-resnet20x10-bas-g0.02-e1-s0-2e8e07": {**CIFAR, "width": 10, "gamma": 0.02},
     "cifar10-resnet38-skipnet-a0.1-e1-s0-68fe4d": {**CIFAR, "model": "resnet38", "method": "skipnet"},
-    "cifar10-resnet32-sgad-g0.05-e1-s0-d482b6": {**CIFAR, "model": "resnet32", "method": "sgad", "gamma": 0.05},
+    "cifar10-resnet32-sgad-g0.05-e1-s0-d482b6": {
+        **CIFAR, "model": "resnet32", "method": "sgad", "gamma": 0.05},
     "imagenet-resnet34-bas-m0.4951-warm-e3-s0-a6fe53": {
         **IMAGENET, "model": "resnet34", "start": "plain", "target_macs": 0.4951},
-    "imagenet-resnet18-fbs-t0.65-e3-s0-d49e17": {**IMAGENET, "model": "resnet18", "method": "fbs", "target": 0.65},
+    "imagenet-resnet18-fbs-t0.65-e3-s0-d49e17": {
+        **IMAGENET, "model": "resnet18", "method": "fbs", "target": 0.65},
     "imagenet-resnet34-l0-g0.01-e3-s1-a26869": {
         **IMAGENET, "model": "resnet34", "method": "l0", "gamma": 0.01, "seed": 1},
     "camvid-pspnet18-shaping-l0.2-p54-i1200-s0-b47a49": {**CAMVID, "pooled": 54},
@@ -91,7 +95,8 @@ COLUMNS = ["loss_task", "loss_shaping", "loss_l0", "open"]
 
 def digits_run(method):
     epochs = 5 if method == "fbs" else 2  # its density falls in four steps
-    return Run(method=method, epochs=epochs, image_size=4, batch_size=256, holdout=0.5, device="cpu", compile="no")
+    small = {"image_size": 4, "batch_size": 256, "holdout": 0.5}
+    return Run(method=method, epochs=epochs, device="cpu", compile="no", **small)
 
 
 def scenes_run(method):

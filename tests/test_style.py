@@ -18,7 +18,8 @@ def source(request):
 
 def names_block(tree):
     "The lines of __all__, which nbdev writes."
-    lists = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+    lists = [node for node in assignments if ast.unparse(node.targets[0]) == "__all__"]
     return {line for node in lists for line in range(node.lineno, node.end_lineno + 1)}
 
 

@@ -1,5 +1,5 @@
-"""A sweep outlives its workers: killed in joblib's pool or on a Dask cluster, the runs end with the numbers of
-an undisturbed sweep."""
+"""A sweep outlives its workers: killed in joblib's pool or on a Dask cluster, the runs end with the numbers
+of an undisturbed sweep."""
 import os
 import signal
 import subprocess
