@@ -232,6 +232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                 'bas_repro.data.Files.to': ('data.html#files.to', 'bas_repro/data.py'),
                                 'bas_repro.data.Images': ('data.html#images', 'bas_repro/data.py'),
                                 'bas_repro.data.Images.__len__': ('data.html#images.__len__', 'bas_repro/data.py'),
+                                'bas_repro.data.Images.device': ('data.html#images.device', 'bas_repro/data.py'),
                                 'bas_repro.data.Images.part': ('data.html#images.part', 'bas_repro/data.py'),
                                 'bas_repro.data.Images.to': ('data.html#images.to', 'bas_repro/data.py'),
                                 'bas_repro.data.PairFiles': ('data.html#pairfiles', 'bas_repro/data.py'),

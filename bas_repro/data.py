@@ -48,6 +48,10 @@ class Images(NamedTuple):
     def part(self, which):  # numbers of images, or a slice
         return Images(self.x[which], self.y[which])
 
+    @property
+    def device(self):
+        return self.x.device
+
 # %% ../nbs/03_data.ipynb #a19a18c0
 class Splits(NamedTuple):
     "A data set: what to fit, what to choose by, what to report."
