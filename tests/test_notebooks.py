@@ -107,7 +107,7 @@ def test_the_front_page_is_fresh(checkout):
     printed = []
     for path in (checkout / "x.ipynb", ROOT / "nbs" / "index.ipynb"):
         outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
-        printed.append(["".join(output["text"]) for output in outputs if output.get("name") == "stdout"])
+        printed.append("".join("".join(o["text"]) for o in outputs if o.get("name") == "stdout").splitlines())
     assert printed[0] == printed[1]
 
 
