@@ -7,8 +7,8 @@ __all__ = ['WORK', 'load_backbone', 'build', 'evaluate', 'extremes', 'strip']
 
 # %% ../nbs/03f_segmentation.ipynb #fe38cea7
 import functools
-import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +216,7 @@ WORK = Work(
     _read, build, lambda run, classes, quiet: None, _size, _length, _progress, _batches,
     _loss, _count, _right, _evaluate, _watch, _leave, _line,
 )
+
+# %% ../nbs/03f_segmentation.ipynb #31def401
+if __name__ == "__main__" and "__file__" in globals():  # as a script; a notebook is __main__ too
+    sys.exit("error: python -m bas_repro.train FILE.yaml trains runs of either task")

@@ -729,8 +729,7 @@ def _watching(
 ):
     "Inside a `with`, a bar that shows how far all runs together are, and the time left."
     stop = threading.Event()
-    quiet = core.unwatched() or process()[0] > 0
-    if quiet:
+    if core.unwatched() or process()[0] > 0 or all(run.record() for run in study):
         yield
         return
     look = "{desc}: {n:.1f}%|{bar}| {elapsed}<{remaining}"
