@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                 'bas_repro.runs.of': ('runs.html#of', 'bas_repro/runs.py'),
                                 'bas_repro.runs.preset': ('runs.html#preset', 'bas_repro/runs.py'),
                                 'bas_repro.runs.read_preset': ('runs.html#read_preset', 'bas_repro/runs.py'),
+                                'bas_repro.runs.results_folder': ('runs.html#results_folder', 'bas_repro/runs.py'),
                                 'bas_repro.runs.study': ('runs.html#study', 'bas_repro/runs.py')},
             'bas_repro.segmentation': { 'bas_repro.segmentation._backbone': ('segmentation.html#_backbone', 'bas_repro/segmentation.py'),
                                         'bas_repro.segmentation._batches': ('segmentation.html#_batches', 'bas_repro/segmentation.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MODELS', 'MODELS', 'SETTINGS', 'TASKS', 'Setting', 'Task', 'is_file', 'dial_of', 'Run', 'of', 'load', 'moment',
-           'learning_rate', 'is_paper', 'grid', 'Study', 'study', 'read_preset', 'preset']
+           'learning_rate', 'is_paper', 'grid', 'Study', 'results_folder', 'study', 'read_preset', 'preset']
 
 # %% ../nbs/03_runs.ipynb #3f621a92
 import hashlib
@@ -523,6 +523,23 @@ class Study:
         where = "/".join(self.folder.parts[-3:])
         return f"{len(self.runs)} runs, {len(self.complete())} of them complete; figures go to {where}"
 
+# %% ../nbs/03_runs.ipynb #730572f9
+def results_folder(
+    notebook: str,  # such as 07_timing
+    name: str | None,  # that was given; None or "": made from the next two
+    short: str,  # how a made name begins
+    settings: str,  # all that decides the results, as text
+    same: Callable,  # (preset's file) → whether these are the preset's own settings
+) -> Path:
+    "Where a run of a notebook leaves its results. A preset's name is only for the preset's own settings."
+    out, digest = core.root()/"outputs"/notebook, hashlib.sha256(settings.encode()).hexdigest()[:6]
+    if not name:
+        return out/f"{short}-{digest}"
+    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        raise ValueError(f"run={name!r}: give a plain folder name, without / and not starting with a dot")
+    preset = core.root()/"params"/notebook/f"{name}.yaml"
+    return out/(name if not preset.exists() or same(preset) else f"{name}-{digest}")
+
 # %% ../nbs/03_runs.ipynb #721e4a8d
 def _runs(given: dict, out: Path) -> list[Run]:
     "The runs of a preset: each entry of `runs` with what stands beside them, which wins."
@@ -533,17 +550,15 @@ def _runs(given: dict, out: Path) -> list[Run]:
     return list(dict.fromkeys(run for entry in entries for run in grid({**entry, **shared}, out)))
 
 
-def _folder(notebook: str, runs: list[Run], name: str) -> Path:
-    "Where a study's figures go. A preset's name is only for the preset's own runs."
+def _folder(notebook: str, runs: list[Run], name: str | None) -> Path:
+    "Where a study's figures go."
     out = core.root()/"outputs"/notebook
-    digest = hashlib.sha256(" ".join(run.name for run in runs).encode()).hexdigest()[:6]
-    if not name:
-        return out/f"study-{runs[0].dataset}-{runs[0].task.span(runs[0])}-{digest}"
-    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-        raise ValueError(f"run={name!r}: give a plain folder name, without / and not starting with a dot")
-    file = core.root()/"params"/notebook/f"{name}.yaml"
-    own = not file.exists() or set(_runs(read_preset(file), out)) == set(runs)
-    return out/(name if own else f"{name}-{digest}")
+    short, text = f"study-{runs[0].dataset}-{runs[0].task.span(runs[0])}", " ".join(run.name for run in runs)
+
+    def same(file):
+        return set(_runs(read_preset(file), out)) == set(runs)
+
+    return results_folder(notebook, name, short, text, same)
 
 # %% ../nbs/03_runs.ipynb #9579a63d
 def study(
