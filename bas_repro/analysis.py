@@ -79,7 +79,7 @@ def _row(run: Run) -> dict:
     known = {"data": run.source.label, **metrics}
     return {**run.settings, **{k: v for k, v in known.items() if k != "settings"}, **names}
 
-
+# %% ../nbs/03c_analysis.ipynb #16b18d61
 def _told_apart(table: pd.DataFrame) -> pd.Series:
     "Each row's setting, with whatever else tells it from rows of the same name."
     settings = [name for name in runs.SETTINGS if name in table and name not in _UNNAMED]
@@ -92,7 +92,7 @@ def _told_apart(table: pd.DataFrame) -> pd.Series:
             told[i] = ", ".join(filter(None, (table.at[i, "setting"], *extra)))
     return told
 
-
+# %% ../nbs/03c_analysis.ipynb #ca6bac28
 def records(
     study: list[Run],
 ) -> pd.DataFrame:  # a row a run: its settings, its metrics and its names
@@ -306,7 +306,7 @@ def logs(
         parts.append(log.assign(**settings, **table.loc[run.name, _NAMES]))
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../nbs/03c_analysis.ipynb #ca719572
 def curves(
     table: pd.DataFrame,  # from logs()
     title: str,
@@ -331,7 +331,7 @@ def curves(
     plt.close(fig)
     return fig
 
-
+# %% ../nbs/03c_analysis.ipynb #30ab88ad
 def _one_legend(fig, axes) -> None:
     "One legend beside the figure instead of one in each picture."
     handles, labels = axes[0].get_legend_handles_labels()

@@ -278,7 +278,7 @@ def _check_device(name: str) -> None:
     except (RuntimeError, AssertionError):
         raise ValueError(f"device={name!r} is not here: leave it empty, or use cpu") from None
 
-
+# %% ../nbs/03_runs.ipynb #869bc474
 _TAKEN = ("method", "model")  # a run has its method as an object, and model() is the trained network
 
 
@@ -307,6 +307,12 @@ class _Settings:
     def source(self) -> data.DataSet:
         return data.DATASETS[self.dataset]
 
+    @property
+    def identity(self) -> dict:
+        "The settings that decide the run's numbers, as plain values."
+        own = {name: value for name, value in self.settings.items() if name not in _MACHINE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+
     def has(self, name: str) -> bool:
         "Whether the run has this setting."
         return name in self.settings
@@ -317,7 +323,7 @@ class _Settings:
     def __hash__(self):
         return hash(tuple(self.settings.items()))
 
-
+# %% ../nbs/03_runs.ipynb #ea21e0a4
 def _foreign(task: Task) -> set:
     "Settings that only other tasks have."
     return {name for other in TASKS.values() for name in other.settings} - {*task.settings}
@@ -367,12 +373,6 @@ class Run(_Settings):
         return self.out/self.name
 
     @property
-    def identity(self) -> dict:
-        "The settings that decide the run's numbers, as plain values."
-        own = {name: value for name, value in self.settings.items() if name not in _MACHINE}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-
-    @property
     def work(self):
         "What its task does in the training loop."
         return importlib.import_module(self.task.module).WORK
@@ -410,7 +410,7 @@ def of(
     given = {name: value for name, value in settings.items() if name not in off or value}
     return Run(out, **given)
 
-
+# %% ../nbs/03_runs.ipynb #4556f223
 def _read_record(run: Run) -> dict | None:
     "`Run.record`."
     file = run.folder/"metrics.json"
@@ -435,7 +435,7 @@ def _progress(run: Run) -> float:
     log = run.log()
     return log.step.iloc[-1] / run.steps if run.has("steps") else len(log) / run.epochs
 
-
+# %% ../nbs/03_runs.ipynb #d80e320b
 def _read_model(run: Run) -> torch.nn.Module:
     "`Run.model`."
     file = run.folder/"model.pt"

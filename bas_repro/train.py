@@ -505,7 +505,7 @@ class State(NamedTuple):
     shapes: list  # the gates' quantiles, (21, K) an epoch; empty where the task does not watch them
     memory: torch.Tensor | None = None  # as in _shaping
 
-
+# %% ../nbs/03a_train.ipynb #83f4af18
 def fit(
     run: Run,
     model: nn.Module,  # trained in place
@@ -530,7 +530,7 @@ def fit(
                 after(state)
     return state
 
-
+# %% ../nbs/03a_train.ipynb #c7f8f2d7
 def _epoch(
     net: nn.Module,  # the network, perhaps wrapped for several processes
     model: nn.Module,  # the network itself
