@@ -49,9 +49,10 @@ class DroppedBlock(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # (N, C_in, H, W)
+        *u: torch.Tensor,  # (N, draws) random numbers of the gate, from 0 to 1; none: it draws them
     ) -> tuple[torch.Tensor, list[Gate]]:  # (N, C_out, H', W') and the block's one gate
         "Decide, then compute; in training every image is computed and multiplied by its gate."
-        gate = self.gating(x)
+        gate = self.gating(x, *u)
         return self.run(x, gate), [gate]
 
 # %% ../nbs/02d_baselines.ipynb #44dc8fb5
@@ -99,17 +100,21 @@ class AIGGate(nn.Module):
         super().__init__()
         self.pool, self.fc1 = GlobalPool(), nn.Linear(in_channels, hidden)
         self.bn, self.relu, self.fc2 = nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 2)
+        self.draws = 2  # uniform numbers that an image takes in training
         nn.init.normal_(self.fc2.weight, std=0.001)
         self.fc2.bias.data.copy_(torch.tensor([0.1, 2.0]))
 
     def forward(
         self,
         x: torch.Tensor,  # (N, in_channels, H, W); N at least 2 in training
+        u: torch.Tensor | None = None,  # (N, 2) uniform numbers for the noise; None: drawn here
     ) -> Gate:  # logits and values (N, 1): execute above 0
         "Choose between skip and execute: with noise in training, the larger score in evaluation."
         with full_precision(x):
             pair = self.fc2(self.relu(self.bn(self.fc1(self.pool(x)))))
-            noise = _gumbel_noise(torch.rand_like(pair)) if self.training else torch.zeros_like(pair)
+            noise = torch.zeros_like(pair)
+            if self.training:
+                noise = _gumbel_noise(torch.rand_like(pair) if u is None else u)
             return Gate(pair[:, 1:] - pair[:, :1], _gumbel_choice(pair, noise))
 
 # %% ../nbs/02d_baselines.ipynb #0cbfc974
@@ -157,10 +162,11 @@ def aig_loss(
     return c * (shares.new_tensor(rates) - shares).square().mean()
 
 # %% ../nbs/02d_baselines.ipynb #1caffa12
-def _decide(logits: torch.Tensor, sample: bool) -> Gate:
+def _decide(logits: torch.Tensor, sample: bool, u: torch.Tensor | None = None) -> Gate:
     "SkipNet's decision (N, 1): hard forward with a softmax's gradient, or sampled, without gradient."
     if sample:
-        return Gate(logits, torch.bernoulli(torch.sigmoid(logits.detach())))
+        u = torch.rand_like(logits) if u is None else u
+        return Gate(logits, (u < torch.sigmoid(logits.detach())).to(logits.dtype))
     return Gate(logits, straight_through(logits, torch.zeros_like(logits), 1.0))
 
 # %% ../nbs/02d_baselines.ipynb #cc7d514e
@@ -172,7 +178,8 @@ class FeedForwardGate(nn.Module):
         channels: int,  # of the block's input
     ):
         super().__init__()
-        self.maxpool, self.relu, self.sample = nn.MaxPool2d(2), nn.ReLU(), False
+        self.maxpool, self.relu = nn.MaxPool2d(2), nn.ReLU()
+        self.sample, self.draws = False, 1  # a uniform number an image, which sampling takes
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
@@ -182,13 +189,14 @@ class FeedForwardGate(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # (N, channels, H, W); H and W at least 2
+        u: torch.Tensor | None = None,  # (N, 1) uniform numbers for sampling; None: drawn here
     ) -> Gate:  # logits and values (N, 1)
         "Look at the block's input and decide."
         out = self.relu(self.bn1(self.conv1(self.maxpool(x))))
         out = self.relu(self.bn2(self.conv2(out)))
         with full_precision(x):
             pair = self.fc(self.pool(out))
-            return _decide(pair[:, 1:] - pair[:, :1], self.sample and self.training)
+            return _decide(pair[:, 1:] - pair[:, :1], self.sample and self.training, u)
 
 # %% ../nbs/02d_baselines.ipynb #89365262
 class _Memory(nn.Module):
@@ -218,17 +226,18 @@ class RecurrentGate(nn.Module):
     ):
         super().__init__()
         self.pool, self.project = GlobalPool(), nn.Linear(channels, memory.input.in_features)
-        self.memory, self.sample = memory, False
+        self.memory, self.sample, self.draws = memory, False, 1  # as in the feed-forward gate
 
     def forward(
         self,
         x: torch.Tensor,  # (N, channels, H, W)
         state: tuple[torch.Tensor, torch.Tensor],  # the memory after the block before
+        u: torch.Tensor | None = None,  # (N, 1) uniform numbers for sampling; None: drawn here
     ) -> tuple[Gate, tuple[torch.Tensor, torch.Tensor]]:  # logits and values (N, 1), and the new memory
         "Look at the block's input, remember, decide."
         with full_precision(x):
             logits, state = self.memory(self.project(self.pool(x)), state)
-            return _decide(logits, self.sample and self.training), state
+            return _decide(logits, self.sample and self.training, u), state
 
 # %% ../nbs/02d_baselines.ipynb #142403e0
 class GuidedBlock(DroppedBlock):
@@ -238,21 +247,22 @@ class GuidedBlock(DroppedBlock):
         self,
         x: torch.Tensor,  # (N, C_in, H, W)
         state,  # what the network's guide, or the block before, gave
+        *u: torch.Tensor,  # (N, draws) random numbers of the gate, from 0 to 1; none: it draws them
     ) -> tuple:  # (N, C_out, H', W'), the block's one gate in a list, and the state for the next block
         "Decide with the state, then compute."
-        gate, state = self.gating(x, state)
+        gate, state = self.gating(x, state, *u)
         return self.run(x, gate), [gate], state
 
 # %% ../nbs/02d_baselines.ipynb #a7339f11
 class _Guided:
     "Runs a residual network's blocks with a state from block to block; stands before the network's class."
 
-    def run(self, blocks: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, list[Gate]]:
+    def run(self, blocks: list[nn.Module], x: torch.Tensor, noise=None) -> tuple[torch.Tensor, list[Gate]]:
         "Features (N, C, H, W) through the blocks, and all gates in the order of execution."
         gates, state = [], self.guide(x)
-        for block in blocks:
+        for block, u in zip(blocks, noise or [()] * len(blocks)):
             if isinstance(block, GuidedBlock):
-                x, new, state = block(x, state)
+                x, new, state = block(x, state, *u)
                 gates += new
             else:
                 x = block(x)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'AREA', 'AUGMENT', 'VOID', 'Images', 'Splits', 'split', 'DataSet', 'load', 'decode', 'Files', 'list_tree',
-           'read_tree', 'batches', 'middle', 'epoch_of', 'normalise', 'Pairs', 'PairFiles', 'painted', 'complexity',
-           'epoch_batches']
+           'read_tree', 'batches', 'middle', 'order_of', 'Feed', 'Stream', 'feed', 'normalise', 'Pairs', 'PairFiles',
+           'painted', 'complexity', 'epoch_batches']
 
 # %% ../nbs/03_data.ipynb #db836086
 import dataclasses
@@ -431,29 +431,90 @@ AUGMENT = {  # name -> (x, size, random) -> (N, C, size, size)
 }
 
 # %% ../nbs/03_data.ipynb #3db504bf
-def epoch_of(
+def order_of(
+    n: int,  # training images
+    batch_size: int,  # images a step
+    seed: int,  # of the run
+    epoch: int,  # from 0
+) -> torch.Tensor:  # (steps, batch_size) int64, on the CPU
+    "Which images each step of an epoch sees."
+    steps = math.ceil(n / batch_size)
+    order = torch.randperm(n, generator=core.generator(seed, "order", epoch))
+    return order.repeat(math.ceil(steps * batch_size / n))[:steps * batch_size].view(steps, batch_size)
+
+# %% ../nbs/03_data.ipynb #dd89321f
+class Feed:
+    "The training batches of images in memory, varied."
+
+    def __init__(
+        self,
+        splits: Splits,
+        batch_size: int,  # images a step, all processes together
+        seed: int,  # of the run
+        rank: int = 0,  # of this process
+        world: int = 1,  # how many processes share a batch
+    ):
+        if splits.augment not in AUGMENT:
+            choice = f"choose one of {', '.join(AUGMENT)}"
+            raise ValueError(f"augment={splits.augment!r} is not known: {choice}")
+        self.splits, self.seed, self.rank, self.world = splits, seed, rank, world
+        self.random = torch.Generator(splits.train.device)
+        self.order = order_of(len(splits.train), batch_size, seed, 0).to(splits.train.device)
+
+    def begin(
+        self,
+        epoch: int,  # from 0
+    ) -> None:
+        "Go to the start of an epoch."
+        self.order.copy_(order_of(len(self.splits.train), self.order.shape[1], self.seed, epoch))
+        self.random.manual_seed(core.stream(self.seed, "augment", epoch))
+
+    def pick(
+        self,
+        step: torch.Tensor,  # (1,) int64: its number in the epoch, on the images' device
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # pictures (N, 3, size, size) uint8 and labels (N,)
+        "The batch of a step; steps are asked for in their order."
+        x, y = self.splits.train.part(self.order.index_select(0, step)[0])
+        x = AUGMENT[self.splits.augment](x, self.splits.size, self.random)
+        return x.chunk(self.world)[self.rank], y.chunk(self.world)[self.rank]
+
+# %% ../nbs/03_data.ipynb #e7e73276
+class Stream:
+    "Training batches that come from an iterator."
+
+    def __init__(
+        self,
+        of: Callable,  # epoch → iterable of its batches
+    ):
+        self.of = of
+
+    def begin(self, epoch: int) -> None:
+        "Go to the start of an epoch."
+        self.left = iter(self.of(epoch))
+
+    def pick(self, step: torch.Tensor) -> tuple:
+        "The next batch."
+        return next(self.left)
+
+# %% ../nbs/03_data.ipynb #e92ffb18
+def feed(
     splits: Splits,
     batch_size: int,  # images a step, all processes together
     seed: int,  # of the run
-    epoch: int,  # from 0
     rank: int = 0,  # of this process
     world: int = 1,  # how many processes share a batch
-) -> Iterator[tuple]:  # pictures (N, 3, size, size) uint8 and labels (N,), on the training device
-    "The training batches of one epoch, varied."
-    if splits.augment not in AUGMENT:
-        raise ValueError(f"augment={splits.augment!r} is not known: choose one of {', '.join(AUGMENT)}")
-    images, n = splits.train, len(splits.train)
-    steps = math.ceil(n / batch_size)
-    order = torch.randperm(n, generator=core.generator(seed, "order", epoch))
-    order = order.repeat(math.ceil(steps * batch_size / n))[:steps * batch_size]
-    if not isinstance(images, Images):
+) -> Feed | Stream:
+    "The training batches of a run that classifies."
+    images = splits.train
+    if isinstance(images, Images):
+        return Feed(splits, batch_size, seed, rank, world)
+
+    def decoded(epoch):
         varied = dataclasses.replace(images, varied=(splits.size, seed, epoch))
-        yield from batches(varied, [which.chunk(world)[rank] for which in order.split(batch_size)])
-        return
-    random = core.generator(seed, "augment", epoch, device=images.x.device)
-    for x, y in batches(images, order.to(images.x.device).split(batch_size)):
-        x = AUGMENT[splits.augment](x, splits.size, random)
-        yield x.chunk(world)[rank], y.chunk(world)[rank]
+        order = order_of(len(images), batch_size, seed, epoch)
+        return batches(varied, [which.chunk(world)[rank] for which in order])
+
+    return Stream(decoded)
 
 # %% ../nbs/03_data.ipynb #f5902d97
 @functools.cache

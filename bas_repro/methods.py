@@ -61,6 +61,11 @@ class Method:
         "All settings that a run of this method has, its dial first."
         return tuple(filter(None, (self.dial, *self.uses)))
 
+    @property
+    def fixed(self) -> bool:
+        "Whether its networks stay as they are while they train, but for their weights."
+        return self.prepare is _nothing
+
 # %% ../nbs/02g_methods.ipynb #50f17d0a
 class Ledger(NamedTuple):
     "What a network costs at the size of its training images."

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from torchvision.models.resnet import ResNet
 
 from .gates import Gate
-from .resnet import imagenet_resnet, run_blocks
+from .resnet import blocks_of, imagenet_resnet, run_blocks
 
 # %% ../nbs/02b_pspnet.ipynb #fa8f7b35
 def _dilate(
@@ -110,13 +110,15 @@ class PSPNet(nn.Module):
         self,
         x: torch.Tensor,  # (N, 3, H, W) normalised images of any size; N at least 2 in training
         return_gates: bool = False,  # also return the list of gates (empty for a plain network)
+        noise: list[tuple] | None = None,  # of the gates in training, as run_blocks takes it
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], list[Gate]]:
         "Score every class at every pixel: 'out', in training also 'aux', logits (N, num_classes, H, W) each."
         if self.training and len(x) < 2:
             raise ValueError("batch size 1: BatchNorm in the pyramid needs at least 2 images in training")
         stem = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        third, gates = run_blocks([*self.layer1, *self.layer2, *self.layer3], stem)
-        fourth, last_gates = run_blocks(self.layer4, third)
+        last, blocks = len(self.layer4), blocks_of(self)
+        third, gates = run_blocks(blocks[:-last], stem, noise and noise[:-last])
+        fourth, last_gates = run_blocks(blocks[-last:], third, noise and noise[-last:])
         out = {"out": _enlarged(self.classifier(self.pyramid(fourth)), x.shape[2:])}
         if self.training:
             out["aux"] = _enlarged(self.aux_classifier(third), x.shape[2:])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet38', 'resnet44', 'resnet56', 'resnet110', 'masked',
-           'GatedBasicBlock', 'GatedBottleneck', 'run_blocks', 'ImageNetResNet', 'cifar_block', 'CifarResNet',
-           'GatedLayer', 'gated_layers', 'gated_block', 'gate', 'weight_names', 'weight_card', 'save_weights',
-           'cifar_resnet', 'imagenet_resnet', 'resnet18', 'resnet34', 'resnet50']
+           'GatedBasicBlock', 'GatedBottleneck', 'run_blocks', 'blocks_of', 'ImageNetResNet', 'cifar_block',
+           'CifarResNet', 'GatedLayer', 'gated_layers', 'gated_block', 'gate', 'weight_names', 'weight_card',
+           'save_weights', 'cifar_resnet', 'imagenet_resnet', 'resnet18', 'resnet34', 'resnet50']
 
 # %% ../nbs/02a_resnet.ipynb #d649e380
 import logging
@@ -56,9 +56,10 @@ class GatedBasicBlock(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # (N, C_in, H, W)
+        *u: torch.Tensor,  # (N, draws): the numbers of the gates' noise; none: drawn by the gating module
     ) -> tuple[torch.Tensor, list[Gate]]:  # (N, C_out, H', W') and the block's one gate
         "Eq. 4."
-        gate = self.gating(x)
+        gate = self.gating(x, *u)
         out = masked(self.relu(self.bn1(self.conv1(x))), gate)
         out = self.bn2(self.conv2(out))
         out = out + (x if self.downsample is None else self.downsample(x))
@@ -94,13 +95,14 @@ class GatedBottleneck(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # (N, C_in, H, W)
+        *u: torch.Tensor,  # (N, draws), one a gating module: the numbers of the noise; none: drawn there
     ) -> tuple[torch.Tensor, list[Gate]]:  # (N, C_out, H', W') and its gates: two, or one that is shared
         "Eq. 4 with two places to gate."
-        parts = (part.split(self.conv1.out_channels, dim=1) for part in self.gating(x))
+        parts = (part.split(self.conv1.out_channels, dim=1) for part in self.gating(x, *u[:1]))
         gates = [Gate(logits, value) for logits, value in zip(*parts)]
         out = masked(self.relu(self.bn1(self.conv1(x))), gates[0])
         if self.gating2 is not None:
-            gates.append(self.gating2(out))
+            gates.append(self.gating2(out, *u[1:]))
         out = masked(self.relu(self.bn2(self.conv2(out))), gates[-1])
         out = self.bn3(self.conv3(out))
         out = out + (x if self.downsample is None else self.downsample(x))
@@ -108,17 +110,26 @@ class GatedBottleneck(nn.Module):
 
 # %% ../nbs/02a_resnet.ipynb #725fb405
 def run_blocks(
-    blocks,  # an iterable of blocks: plain (x to x), or gated (x to x and a list of gates)
+    blocks: list[nn.Module],  # plain (x to x), or gated (x to x and a list of gates)
     x: torch.Tensor,  # (N, C, H, W)
+    noise: list[tuple] | None = None,  # as gates.cut() gives it, an entry a block; None: gates draw their own
 ) -> tuple[torch.Tensor, list[Gate]]:  # the last block's output, and all gates in the order of execution
     "Run blocks one after the other and collect their gates."
     gates = []
-    for block in blocks:
-        x = block(x)
+    for block, u in zip(blocks, noise or [()] * len(blocks)):
+        x = block(x, *u)
         if isinstance(x, tuple):
             x, new = x
             gates += new
     return x, gates
+
+# %% ../nbs/02a_resnet.ipynb #5cba9e44
+def blocks_of(
+    model: nn.Module,  # a residual network with layer1, layer2, …, plain or gated
+) -> list[nn.Module]:  # its blocks, in the order of execution
+    "The residual blocks of a network."
+    names = [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(model, name)]
+    return [block for name in names for block in getattr(model, name)]
 
 # %% ../nbs/02a_resnet.ipynb #3ad01f6c
 class _WithGates:
@@ -130,13 +141,13 @@ class _WithGates:
         self,
         x: torch.Tensor,  # (N, C, H, W) normalised images; 32×32 for CIFAR's networks in the paper
         return_gates: bool = False,  # also return the list of gates (empty for a plain network)
+        noise: list[tuple] | None = None,  # of the gates in training, as run_blocks takes it
     ) -> torch.Tensor | tuple[torch.Tensor, list[Gate]]:  # logits (N, num_classes), or (logits, gates)
         "Classify a batch of images."
         x = self.relu(self.bn1(self.conv1(x)))
         if hasattr(self, "maxpool"):  # CIFAR's networks have none, and no fourth stage
             x = self.maxpool(x)
-        stages = self.layer1, self.layer2, self.layer3, getattr(self, "layer4", ())
-        x, gates = self.run([block for stage in stages for block in stage], x)
+        x, gates = self.run(blocks_of(self), x, noise)
         x = self.fc(torch.flatten(self.avgpool(x), 1))
         return (x, gates) if return_gates else x
 

@@ -101,6 +101,11 @@ def _batches(run: Run, splits: data.Splits, epoch: int, device: torch.device):
         x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
         yield x, y.to(device, non_blocking=True)
 
+
+def _feed(run: Run, splits: data.Splits, device: torch.device) -> data.Stream:
+    "The batches of a run."
+    return data.Stream(lambda epoch: _batches(run, splits, epoch, device))
+
 # %% ../nbs/03f_segmentation.ipynb #cc45aa4d
 def _loss(run: Run, out: dict, y: torch.Tensor) -> torch.Tensor:
     "Cross-entropy with its auxiliary part."
@@ -213,7 +218,7 @@ def _line(record: dict) -> str:
 
 
 WORK = Work(
-    _read, build, lambda run, classes, quiet: None, _size, _length, _progress, _batches,
+    _read, build, lambda run, classes, quiet: None, _size, _length, _progress, _feed,
     _loss, _count, _right, _evaluate, _watch, _leave, _line,
 )
 

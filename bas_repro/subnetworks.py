@@ -158,7 +158,7 @@ def _stages(
             rows.append(_measure(net, splits))
         _refresh(net, splits.train, splits.size)
         rows.append(_measure(net, splits))
-        train.fit(run, net, splits)
+        train.fit([train.Trainee(run, net, splits)])
         rows.append(_measure(net, splits))
     return [{"threshold": threshold, "stage": stage, **row} for stage, row in zip(STAGES, rows)]
 

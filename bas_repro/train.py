@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WORK', 'SAVE_EVERY', 'Seen', 'Length', 'Work', 'Plan', 'ledger', 'plan', 'process', 'losses', 'gradients', 'evaluate',
-           'always_open', 'optimiser', 'processes', 'SyncedBatchNorm', 'compiled', 'State', 'fit', 'record',
-           'fate_table', 'train', 'sweep', 'main']
+           'always_open', 'optimiser', 'processes', 'SyncedBatchNorm', 'compiled', 'State', 'Trainee', 'begin', 'step',
+           'stepper', 'fit', 'record', 'fate_table', 'trainee', 'train_together', 'train', 'sweep', 'main']
 
 # %% ../nbs/03a_train.ipynb #0622acaf
 import argparse
 import contextlib
 import datetime
 import functools
+import itertools
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from torch import nn
 from torchvision.models import get_model
 from tqdm import tqdm
 
-from . import baselines, core, data, gates, macs, methods, pspnet, runs
+from . import baselines, core, data, gates, macs, methods, pspnet, resnet, runs
 from .batch_shaping import all_samples, batch_shaping_loss
 from .runs import Run
 
@@ -68,7 +70,7 @@ class Work:
     size: Callable  # (run, splits, part) → height and width in pixels of the images of "train" or "test"
     length: Callable  # (run, number of training images) → Length
     progress: Callable  # (run, Length, epoch, step of the epoch) → share of the run that is done, 0 to 1
-    batches: Callable  # (run, splits, epoch, device) → this process's pictures and labels, batch by batch
+    feed: Callable  # (run, splits, device) → this process's batches: a data.Feed or a data.Stream
     loss: Callable  # (run, output, labels) → the task's loss, a scalar
     labels: Callable  # (labels) → how many of them count
     right: Callable  # (output, labels) → share of right answers, a scalar
@@ -84,6 +86,7 @@ class Plan(NamedTuple):
     work: Work
     length: Length
     ledger: methods.Ledger
+    draws: list  # of gates.draws: the random numbers that its gates take for an image
 
 
 def ledger(
@@ -105,7 +108,8 @@ def plan(
     "Prepare a run's steps."
     work = run.work
     costs = ledger(run, model, len(splits.classes), work.size(run, splits, "train"))
-    return Plan(run, work, work.length(run, len(splits.train)), costs)
+    drawn = gates.draws(resnet.blocks_of(model))
+    return Plan(run, work, work.length(run, len(splits.train)), costs, drawn)
 
 # %% ../nbs/03a_train.ipynb #1c6e5304
 def process() -> tuple[int, int]:  # rank from 0, number of processes
@@ -147,9 +151,10 @@ def _shaping(
 
 # %% ../nbs/03a_train.ipynb #8782852d
 def losses(
-    model: nn.Module,  # its output for (images, return_gates=True) is (output, gates)
+    model: nn.Module,  # its output for (images, return_gates=True, noise=…) is (output, gates)
     x: torch.Tensor,  # (N, 3, H, W) normalised images
     y: torch.Tensor,  # (N, …) labels
+    noise: torch.Tensor,  # (N · K',) uniform numbers, as many as plan.draws says
     lam: torch.Tensor,  # λ now, a scalar
     strength: torch.Tensor,  # of the method's own loss now, a scalar
     memory: torch.Tensor | None,  # as in _shaping
@@ -158,7 +163,7 @@ def losses(
     "The task's loss, batch-shaping, the method's own loss, each with its strength, and two numbers to watch."
     run, method = plan.run, plan.run.method
     with torch.autocast(x.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-        out, gated = model(x, return_gates=True)
+        out, gated = model(x, return_gates=True, noise=gates.cut(noise, plan.draws))
     if dist.is_initialized():
         out, y, gated = _everyones(out, y, gated)
     shaping = price = zero = torch.zeros((), device=x.device)
@@ -176,6 +181,7 @@ def gradients(
     model: nn.Module,
     x: torch.Tensor,  # (N, 3, H, W) normalised images
     y: torch.Tensor,  # (N, …) labels
+    noise: torch.Tensor,  # as in losses
     lam: torch.Tensor,  # λ now, a scalar
     strength: torch.Tensor,  # of the method's own loss now, a scalar
     memory: torch.Tensor | None,  # as in _shaping
@@ -185,12 +191,12 @@ def gradients(
     "Add a batch's gradient to the parameters', part by part."
     n = plan.run.settings.get("accumulate", 1)
     if n == 1:
-        parts, memory = loss(model, x, y, lam, strength, memory, plan)
+        parts, memory = loss(model, x, y, noise, lam, strength, memory, plan)
         parts[:3].sum().backward()
         return parts.detach(), memory
     sums, known = torch.zeros(5, device=x.device), plan.work.labels(y)
-    for part_x, part_y in zip(x.chunk(n), y.chunk(n)):
-        parts, memory = loss(model, part_x, part_y, lam, strength, memory, plan)
+    for part_x, part_y, part_noise in zip(x.chunk(n), y.chunk(n), noise.view(n, -1)):
+        parts, memory = loss(model, part_x, part_y, part_noise, lam, strength, memory, plan)
         ours = plan.work.labels(part_y) / known
         equal = torch.full_like(ours, 1 / n)
         share = torch.stack([ours, equal, equal, ours, equal])
@@ -265,9 +271,9 @@ def _progress(run: Run, length: Length, epoch: int, step: int) -> float:
     return (epoch + step / length.per_epoch) / length.epochs
 
 
-def _batches(run: Run, splits: data.Splits, epoch: int, device: torch.device):
+def _feed(run: Run, splits: data.Splits, device: torch.device) -> data.Feed | data.Stream:
     "Varied training batches; of several processes, each takes its part of every batch."
-    return data.epoch_of(splits, run.batch_size, run.seed, epoch, *process())
+    return data.feed(splits, run.batch_size, run.seed, *process())
 
 # %% ../nbs/03a_train.ipynb #4d00b94c
 def _cross_entropy(run: Run, out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -364,7 +370,7 @@ def _line(record: dict) -> str:
 
 
 WORK = Work(
-    _read, _build, _start, lambda run, splits, part: (splits.size, splits.size), _length, _progress, _batches,
+    _read, _build, _start, lambda run, splits, part: (splits.size, splits.size), _length, _progress, _feed,
     _cross_entropy, _count, _right, _evaluate, _watch, _leave, _line,
 )
 
@@ -380,8 +386,11 @@ def optimiser(
     if gating:
         own = [p for p in model.parameters() if id(p) in gating]
         groups.append({"params": own, "weight_decay": run.gate_weight_decay})
-    nesterov = run.momentum > 0
-    return torch.optim.SGD(groups, lr=run.lr, momentum=run.momentum, nesterov=nesterov, fused=True)
+    options = {"momentum": run.momentum, "nesterov": run.momentum > 0, "fused": True}
+    opt = torch.optim.SGD(groups, lr=run.lr, **options)
+    for p in model.parameters():
+        opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return opt
 
 # %% ../nbs/03a_train.ipynb #8233d738
 @contextlib.contextmanager
@@ -439,131 +448,251 @@ def _synchronised(
     return model
 
 # %% ../nbs/03a_train.ipynb #64932611
-def _train_epoch(
-    model: nn.Module,
-    opt: torch.optim.SGD,
-    loss: Callable,  # `losses`, or its compiled form
-    splits: data.Splits,
-    memory: torch.Tensor | None,  # as in _shaping
-    plan: Plan,
-    epoch: int,  # from 0
-    bar,  # a progress bar to move by a step at a time
-) -> tuple[dict, torch.Tensor | None]:  # what the epoch's row says of training, and the next memory
-    "Train for one epoch. `FloatingPointError` if the loss is no longer finite."
-    run, work, length, _ = plan
-    device, rank = next(model.parameters()).device, process()[0]
-    first = epoch * length.per_epoch
-    n = min(length.per_epoch, length.steps - first)
-    torch.manual_seed(core.stream(run.seed, "noise", epoch, *[rank] * (rank > 0)))
-    lam, strength, sums = (torch.zeros(shape, device=device) for shape in ((), (), 5))
-    model.train()
-    for step, (x, y) in zip(range(n), work.batches(run, splits, epoch, device)):
-        progress = work.progress(run, length, epoch, step)
-        now = runs.moment(run, progress, length.epochs, length.steps)
-        lr = runs.learning_rate(run, progress, length.steps)
-        run.method.prepare(model, run, now)
-        for group in opt.param_groups:
-            group["lr"] = lr
-        lam.fill_(run.method.lam(run, now))
-        strength.fill_(run.method.strength(run, now))
-        parts, memory = gradients(model, data.normalise(x), y, lam, strength, memory, plan, loss)
-        opt.step()
-        opt.zero_grad()
-        sums += parts
-        bar.update()
-    task, shaping, price, right, opened = (sums / n).tolist()
-    if not math.isfinite(task + shaping + price):
-        raise FloatingPointError(f"the loss is not finite in epoch {epoch}: lower lr={run.lr}")
-    row = {"epoch": epoch + 1, "step": first + n, "lr": lr, "lam": lam.item(), "gamma": strength.item()}
-    row |= {"loss_task": task, "loss_shaping": shaping, "loss_l0": price, "train_accuracy": right}
-    return row | {"open": opened}, memory
+def _rates(plan: Plan, epoch: int) -> tuple[list[methods.Moment], list[tuple]]:
+    "Where the steps of an epoch are on the run's calendar, and each one's learning rate, λ and strength."
+    run, length = plan.run, plan.length
+    steps = min(length.per_epoch, length.steps - epoch * length.per_epoch)
+    done = [plan.work.progress(run, length, epoch, step) for step in range(steps)]
+    moments = [runs.moment(run, progress, length.epochs, length.steps) for progress in done]
+    lr = [runs.learning_rate(run, progress, length.steps) for progress in done]
+    lam = [run.method.lam(run, now) for now in moments]
+    return moments, list(zip(lr, lam, [run.method.strength(run, now) for now in moments]))
 
 # %% ../nbs/03a_train.ipynb #c43b5320
 @functools.lru_cache(maxsize=1)
-def _compile(structure: tuple, device: str) -> Callable:
-    "`losses`, compiled: on a GPU with CUDA graphs, which hide the launches of a small network."
+def _compile(structure: tuple) -> Callable:
+    "`losses`, compiled."
     torch.compiler.reset()  # networks of another structure
-    return torch.compile(losses, mode="reduce-overhead" if device == "cuda" else "default", dynamic=False)
+    return torch.compile(losses, dynamic=False)
 
 
 def compiled(
     plan: Plan,
-    device: str,  # cpu or cuda
 ) -> Callable:
     "`losses`, or its compiled form."
     run = plan.run
     short = plan.length.steps < 1500 or process()[1] > 1
     if run.compile == "no" or run.compile == "auto" and short:
         return losses
-    structure = (run.task.network(run), run.method.name, run.settings.get("bottleneck"), run.precision)
-    return _compile(structure, device)
+    return _compile((run.task.network(run), run.method.name, run.settings.get("bottleneck"), run.precision))
 
-# %% ../nbs/03a_train.ipynb #c63d9e1d
+# %% ../nbs/03a_train.ipynb #a62ae26e
 class State(NamedTuple):
     "How far a run has come: what goes on when it is resumed."
     log: list  # a row an epoch
     shapes: list  # the gates' quantiles, (21, K) an epoch; empty where the task does not watch them
     memory: torch.Tensor | None = None  # as in _shaping
+    machines: tuple = ()  # where it was trained, one after the other; each draws noise of its own
 
-# %% ../nbs/03a_train.ipynb #83f4af18
-def fit(
-    run: Run,
-    model: nn.Module,  # trained in place
-    splits: data.Splits,
-    state: State | None = None,  # to go on from; None: from the start
-    opt: torch.optim.SGD | None = None,  # its optimiser; None: a new one
-    after: Callable | None = None,  # (state): called after each epoch
-    until: int | None = None,  # stop after this many epochs; None: go to the end
-) -> State:
-    "Train a network as a run says, without leaving anything on disk."
-    planned = plan(run, model, splits)
-    opt, state = opt or optimiser(model, run), state or State([], [])
-    rank, world = process()
-    loss = compiled(planned, next(model.parameters()).device.type)
-    net = model if world == 1 else nn.parallel.DistributedDataParallel(model)
-    done = len(state.log) * planned.length.per_epoch
-    quiet = core.unwatched() or rank > 0
-    with tqdm(desc=run.name, total=planned.length.steps, initial=done, leave=False, disable=quiet) as bar:
-        for epoch in range(len(state.log), min(planned.length.epochs, until or planned.length.epochs)):
-            state = _epoch(net, model, opt, loss, splits, state, planned, epoch, bar)
-            if after:
-                after(state)
-    return state
+# %% ../nbs/03a_train.ipynb #28be06e0
+def _generator(run: Run, device: torch.device) -> torch.Generator:
+    "Where a run's noise comes from."
+    if not run.has("dropout"):
+        return torch.Generator(device)
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
-# %% ../nbs/03a_train.ipynb #c7f8f2d7
-def _epoch(
-    net: nn.Module,  # the network, perhaps wrapped for several processes
-    model: nn.Module,  # the network itself
-    opt: torch.optim.SGD,
-    loss: Callable,  # `losses`, or its compiled form
-    splits: data.Splits,
-    state: State,
-    plan: Plan,
-    epoch: int,  # from 0
-    bar,  # a progress bar
-) -> State:
-    "Train for one epoch and look at the network."
-    began = time.monotonic()
-    row, memory = _train_epoch(net, opt, loss, splits, state.memory, plan, epoch, bar)
-    seen, shape = {}, None
+
+class Trainee:
+    "A run in training."
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,  # on the device on which it is trained; trained in place
+        splits: data.Splits,
+        found: dict | None = None,  # a checkpoint to go on from
+    ):
+        self.run, self.model, self.splits = run, model, splits
+        self.plan, self.opt, self.state = plan(run, model, splits), optimiser(model, run), State([], [])
+        if found:
+            model.load_state_dict(found["model"])
+            self.opt.load_state_dict(found["optimiser"])
+            self.state = State(**{name: found[name] for name in State._fields if name in found})
+        one = next(model.parameters())
+        self.device, self.dtype = one.device, torch.promote_types(one.dtype, torch.float32)
+        self.net = model if process()[1] == 1 else nn.parallel.DistributedDataParallel(model)
+        self.loss, self.feed = compiled(self.plan), run.work.feed(run, splits, self.device)
+        self.random, self.memory = _generator(run, self.device), self.state.memory
+        self.rates = torch.zeros(self.plan.length.per_epoch, 3, device=self.device)  # as _rates has them
+        self.step = torch.zeros(1, dtype=torch.int64, device=self.device)  # its number in the epoch
+        self.sums = torch.zeros(5, device=self.device)  # of the losses since the epoch began
+
+# %% ../nbs/03a_train.ipynb #1abb592b
+def begin(
+    t: Trainee,
+) -> list[tuple]:  # learning rate, λ and strength, a step of the epoch
+    "Start the next epoch of a run, before its first step."
+    epoch, rank = len(t.state.log), process()[0]
+    t.moments, rates = _rates(t.plan, epoch)
+    t.rates[:len(rates)].copy_(torch.tensor(rates))
+    t.feed.begin(epoch)
+    seed = core.stream(t.run.seed, "noise", epoch, *((rank,) if rank else ()))
+    torch.manual_seed(seed)
+    t.random.manual_seed(seed)
+    t.step.zero_()
+    t.sums.zero_()
+    t.net.train()
+    return rates
+
+# %% ../nbs/03a_train.ipynb #f6be5fc3
+def _noise(t: Trainee, n: int) -> torch.Tensor:
+    "The random numbers of a step: for all gates, of n images."
+    count = sum(count for block in t.plan.draws for count in block)
+    return torch.rand(n * count, generator=t.random, dtype=t.dtype, device=t.device)
+
+
+def step(
+    t: Trainee,
+) -> None:
+    "Take one step of training."
+    lr, lam, strength = t.rates.index_select(0, t.step)[0]
+    x, y = t.feed.pick(t.step)
+    noise = _noise(t, len(y))
+    parts, t.memory = gradients(t.net, data.normalise(x), y, noise, lam, strength, t.memory, t.plan, t.loss)
+    for group in t.opt.param_groups:
+        group["lr"] = lr
+    t.opt.step()
+    t.opt.zero_grad()
+    t.sums += parts
+    t.step += 1
+
+# %% ../nbs/03a_train.ipynb #6dfe2a06
+def _each_on_its_stream(trainees: list[Trainee], streams: list) -> None:
+    "A step of each, side by side."
+    here = torch.cuda.current_stream()
+    for t, stream in zip(trainees, streams):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            step(t)
+    for stream in streams:
+        here.wait_stream(stream)
+
+
+def _changed(t: Trainee) -> list[torch.Tensor]:
+    "Every tensor that a step changes."
+    momentum = [state["momentum_buffer"] for state in t.opt.state.values()]
+    return [*t.model.state_dict().values(), *momentum, t.step, t.sums]
+
+# %% ../nbs/03a_train.ipynb #b8373bd0
+def _captured(trainees: list[Trainee]) -> Callable:
+    "A function that replays one step of each."
+    before = [[tensor.clone() for tensor in _changed(t)] for t in trainees]
+    streams, graph = [torch.cuda.Stream() for _ in trainees], torch.cuda.CUDAGraph()
+    for _ in range(3):  # compiles, and chooses algorithms
+        _each_on_its_stream(trainees, streams)
+    for t in trainees:
+        graph.register_generator_state(t.random)
+        graph.register_generator_state(t.feed.random)
+    with torch.cuda.graph(graph):
+        _each_on_its_stream(trainees, streams)
+    for t, kept in zip(trainees, before):
+        for tensor, value in zip(_changed(t), kept):
+            tensor.copy_(value)
+    return graph.replay
+
+# %% ../nbs/03a_train.ipynb #8ec8ef70
+def _can_be_captured(t: Trainee) -> bool:
+    "Whether a run's step can be replayed."
+    fixed = t.run.method.fixed and not t.run.has("pooled") and process()[1] == 1
+    return t.device.type == "cuda" and isinstance(t.feed, data.Feed) and fixed
+
+
+def stepper(
+    trainees: list[Trainee],
+    captured: bool | None = None,  # None: where it can be
+) -> Callable:  # without arguments
+    "A function that takes one step of each run, after `begin`."
+    if captured or (captured is None and all(map(_can_be_captured, trainees))):
+        return _captured(trainees)
+
+    def take():
+        for t in trainees:
+            step(t)
+
+    return take
+
+# %% ../nbs/03a_train.ipynb #b47aadd1
+def _machine(t: Trainee) -> str:
+    "Where a run is trained, as its record says it."
+    name = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else "cpu"
+    return name if t.loss is losses else f"{name}, compiled"
+
+
+def _row(t: Trainee, rates: list[tuple]) -> dict:
+    "What an epoch's row says of its steps. `FloatingPointError` if the loss is no longer finite."
+    epoch, (lr, lam, strength) = len(t.state.log), rates[-1]
+    task, shaping, price, right, opened = (t.sums / len(rates)).tolist()
+    if not math.isfinite(task + shaping + price):
+        raise FloatingPointError(f"the loss is not finite in epoch {epoch}: lower lr={t.run.lr}")
+    done = epoch * t.plan.length.per_epoch + len(rates)
+    row = {"epoch": epoch + 1, "step": done, "lr": lr, "lam": lam, "gamma": strength, "loss_task": task}
+    return row | {"loss_shaping": shaping, "loss_l0": price, "train_accuracy": right, "open": opened}
+
+# %% ../nbs/03a_train.ipynb #0aedb89c
+def _end(t: Trainee, rates: list[tuple], seconds: float) -> None:
+    "Enter an epoch into a run's state."
+    epoch, log, shapes, row = len(t.state.log), t.state.log, t.state.shapes, _row(t, rates)
     if process()[0] == 0:
-        last = epoch + 1 == plan.length.epochs
-        seen, shape = plan.work.watch(plan.run, model, splits, plan.ledger, last, epoch)
-    before = state.log[-1]["seconds"] if state.log else 0
-    row |= seen | {"seconds": before + time.monotonic() - began}
-    shapes = state.shapes if shape is None else [*state.shapes, shape]
-    return State([*state.log, row], shapes, memory)
+        last = epoch + 1 == t.plan.length.epochs
+        seen, shape = t.plan.work.watch(t.run, t.model, t.splits, t.plan.ledger, last, epoch)
+        row |= seen
+        shapes = shapes if shape is None else [*shapes, shape]
+    row["seconds"] = (log[-1]["seconds"] if log else 0) + seconds
+    machines = tuple(dict.fromkeys([*t.state.machines, _machine(t)]))
+    t.state = State([*log, row], shapes, t.memory, machines)
+
+# %% ../nbs/03a_train.ipynb #e1cc171d
+def _epoch(
+    trainees: list[Trainee],  # with equally many steps an epoch
+    take: Callable,  # from stepper
+    bar,  # a progress bar to move by a step at a time
+) -> None:
+    "Train for one epoch of each run."
+    began = time.monotonic()
+    [rates, *_] = every = [begin(t) for t in trainees]
+    for i in range(len(rates)):
+        for t in trainees:
+            t.run.method.prepare(t.model, t.run, t.moments[i])
+        take()
+        bar.update(len(trainees))
+    for t, rates in zip(trainees, every):
+        _end(t, rates, time.monotonic() - began)
+
+# %% ../nbs/03a_train.ipynb #6f3f4824
+def fit(
+    trainees: list[Trainee],  # with equally many steps an epoch; trained in place
+    after: Callable | None = None,  # (those that go on): called after each epoch
+    until: float = math.inf,  # stop after this many epochs
+    deadline: float = math.inf,  # stop after the first epoch that ends at this time.monotonic() or later
+) -> list[State]:
+    "Train runs side by side, a step of each at a time."
+    lengths, going = [t.plan.length for t in trainees], []
+    done = sum(len(t.state.log) * t.plan.length.per_epoch for t in trainees)
+    options = {"leave": False, "disable": core.unwatched() or process()[0] > 0}
+    name = trainees[0].run.name if len(trainees) == 1 else f"{len(trainees)} runs"
+    with tqdm(desc=name, total=sum(n.steps for n in lengths), initial=done, **options) as bar:
+        while time.monotonic() < deadline:
+            left = [t for t in trainees if len(t.state.log) < min(t.plan.length.epochs, until)]
+            if not left:
+                break
+            if left != going:
+                going, take = left, stepper(left)
+            _epoch(going, take, bar)
+            if after:
+                after(going)
+    return [t.state for t in trainees]
 
 # %% ../nbs/03a_train.ipynb #ae40a2d2
 SAVE_EVERY = float(os.environ.get("BAS_SAVE_EVERY", 20))  # seconds between checkpoints, at least
 
 
-def _save(run: Run, model: nn.Module, opt: torch.optim.SGD, state: State) -> None:
-    "Write the log and a checkpoint."
-    with core.whole(run.folder/"log.csv") as part:  # first: a checkpoint without it would leave it short
-        pd.DataFrame(state.log).to_csv(part, index=False)
-    parts = {"settings": run.identity, "model": model.state_dict(), "optimiser": opt.state_dict()}
-    core.write_state(run.folder/"checkpoint.pt", parts | state._asdict())
+def _save(trainees: list[Trainee]) -> None:
+    "Write each run's log and a checkpoint; of several processes, the first one writes."
+    for t in () if process()[0] else trainees:
+        with core.whole(t.run.folder/"log.csv") as part:  # first: a checkpoint without it would leave it short
+            pd.DataFrame(t.state.log).to_csv(part, index=False)
+        parts = {"settings": t.run.identity, "model": t.model.state_dict(), "optimiser": t.opt.state_dict()}
+        core.write_state(t.run.folder/"checkpoint.pt", parts | t.state._asdict())
 
 
 def _resume(
@@ -643,70 +772,87 @@ def fate_table(
     return pd.DataFrame(rows, columns=["fate", "gate", "epoch", "rank", "probability"])
 
 # %% ../nbs/03a_train.ipynb #dd9d38eb
-def _write(run: Run, model: nn.Module, splits: data.Splits, state: State, made: dict) -> None:
+def _write(t: Trainee, made: dict) -> None:
     "Leave what a finished run leaves."
+    run, work, state = t.run, t.plan.work, t.state
     if state.shapes and state.shapes[-1].shape[1]:
         with core.whole(run.folder/"gates.csv") as part:
             fate_table(torch.stack(state.shapes)).to_csv(part, index=False)
-    core.write_state(run.folder/"model.pt", model.state_dict())
-    work = run.work
-    costs = ledger(run, model, len(splits.classes), work.size(run, splits, "test"))
-    seen = work.evaluate(run, model, splits.test, splits, costs)
-    work.leave(run, model, splits, seen, made)
-    core.write_json(run.folder/"metrics.json", record(run, model, splits, seen, costs, state.log) | made)
+    core.write_state(run.folder/"model.pt", t.model.state_dict())
+    costs = ledger(run, t.model, len(t.splits.classes), work.size(run, t.splits, "test"))
+    seen = work.evaluate(run, t.model, t.splits.test, t.splits, costs)
+    made = made | {"trained_on": list(state.machines)}
+    work.leave(run, t.model, t.splits, seen, made)
+    core.write_json(run.folder/"metrics.json", record(run, t.model, t.splits, seen, costs, state.log) | made)
     (run.folder/"checkpoint.pt").unlink(missing_ok=True)
 
-# %% ../nbs/03a_train.ipynb #9979526b
-def train(
+# %% ../nbs/03a_train.ipynb #8c10dbb5
+def _device(run: Run) -> str:
+    "Where a run is trained; on a GPU, in full precision and with the fastest algorithms."
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    return run.settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trainee(
     run: Run,
-    quiet: bool = True,  # False: also print a line an epoch
-    until: int | None = None,  # stop after this many epochs, as if killed; None: go to the end
-) -> dict | None:  # the run's record, also in metrics.json; None if it stopped before its end
-    "Train one run, or go on where it stopped, or return its record if it is complete."
-    if done := run.record():
-        return done
-    found = _resume(run)
-    device = run.settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank, world = process()
+    quiet: bool = True,  # as in train
+) -> Trainee:
+    "A run where it stopped, or at its start."
+    found, device, (rank, world) = _resume(run), _device(run), process()
     if run.batch_size % world:
         raise ValueError(f"batch_size={run.batch_size}: {world} processes must share it equally")
-    made = core.environment(device)
     splits = run.work.read(run, device)
     if len(splits.train) < 2:
         raise ValueError(f"{run.dataset}: {len(splits.train)} training images are too few")
-    if rank == 0:
-        core.write_params(run.folder/"params.yaml", run.identity)
     weights = None if found else run.work.start(run, len(splits.classes), quiet)
     model = _synchronised(run.work.build(run, len(splits.classes), weights), device)
-    model = model.to(device, memory_format=torch.channels_last)
-    state = _fit_saving(run, model, splits, found, quiet, until)
-    complete = len(state.log) == run.work.length(run, len(splits.train)).epochs
-    if complete and rank == 0:
-        _write(run, model, splits, state, made | ({"processes": world} if world > 1 else {}))
-    if world > 1:
-        dist.barrier()  # the others wait for the record
-    return run.record()
+    t = Trainee(run, model.to(device, memory_format=torch.channels_last), splits, found)
+    elsewhere = [name for name in t.state.machines if name != _machine(t)]
+    if elsewhere:
+        warnings.warn(f"{run.name} began on {elsewhere[0]}: on {_machine(t)} it goes on with other noise")
+    return t
 
-# %% ../nbs/03a_train.ipynb #184227a4
-def _fit_saving(run: Run, model: nn.Module, splits: data.Splits, found: dict | None, quiet, until) -> State:
-    "`fit` from a checkpoint, if one was found, with checkpoints."
-    opt, state, saved = optimiser(model, run), None, time.monotonic()
-    if found:
-        model.load_state_dict(found["model"])
-        opt.load_state_dict(found["optimiser"])
-        state = State(found["log"], found["shapes"], found["memory"])
-    epochs = run.work.length(run, len(splits.train)).epochs
+# %% ../nbs/03a_train.ipynb #0c846de5
+def train_together(
+    study: list[Run],  # with equally many steps an epoch
+    quiet: bool = True,  # False: also print a line an epoch
+    until: float = math.inf,  # stop after this many epochs, as if killed
+    deadline: float = math.inf,  # stop after the first epoch that ends at this time.monotonic() or later
+) -> list[dict | None]:  # their records, also in metrics.json; None for a run that stopped before its end
+    "Train runs side by side, each from where it stopped."
+    trainees, saved = [trainee(run, quiet) for run in study if not run.record()], time.monotonic()
+    (rank, world), made = process(), core.environment(_device(study[0]))
+    made |= {"processes": world} if world > 1 else {}
+    made |= {"runs_at_once": len(trainees)} if len(trainees) > 1 else {}
+    for t in trainees if rank == 0 else ():
+        core.write_params(t.run.folder/"params.yaml", t.run.identity)
 
-    def after(state):
+    def after(going):
         nonlocal saved
-        if not quiet and process()[0] == 0:
-            tqdm.write(" ".join(f"{k}={v:.4g}" for k, v in state.log[-1].items() if v is not None))
-        due = time.monotonic() - saved > SAVE_EVERY or len(state.log) in (until, epochs)
-        if due and process()[0] == 0:
-            _save(run, model, opt, state)
+        for t in () if quiet or rank else going:
+            tqdm.write(" ".join(f"{k}={v:.4g}" for k, v in t.state.log[-1].items() if v is not None))
+        if time.monotonic() - saved > SAVE_EVERY:
+            _save(going)
             saved = time.monotonic()
 
-    return fit(run, model, splits, state, opt, after, until)
+    fit(trainees, after, until, deadline)
+    _save([t for t in trainees if t.state.log])
+    for t in trainees if rank == 0 else ():
+        if len(t.state.log) == t.plan.length.epochs:
+            _write(t, made)
+    if world > 1:
+        dist.barrier()  # the others wait for the record
+    return [run.record() for run in study]
+
+# %% ../nbs/03a_train.ipynb #bcd19b09
+def train(
+    run: Run,
+    quiet: bool = True,  # False: also print a line an epoch
+    until: float = math.inf,  # stop after this many epochs, as if killed
+) -> dict | None:  # the run's record, also in metrics.json; None if it stopped before its end
+    "Train one run, or go on where it stopped, or return its record if it is complete."
+    return train_together([run], quiet, until)[0]
 
 # %% ../nbs/03a_train.ipynb #b826f203
 @functools.lru_cache(maxsize=None)
@@ -749,26 +895,31 @@ def _watching(
             bar.update(_share_done(study) - bar.n)
 
 # %% ../nbs/03a_train.ipynb #ed6100cd
-def _attempt(run: Run, quiet: bool) -> dict | Exception:
-    "A run's record, or the error that ended it."
+def _attempt(study: list[Run], quiet: bool, deadline: float) -> list[dict | Exception | None]:
+    "Records of runs that train together, or the errors that ended them."
     try:
-        return train(run, quiet)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        if process()[1] > 1:
+        return train_together(study, quiet, deadline=deadline)
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+        if process()[1] > 1 or "CUDA error" in str(error):
             raise  # the other processes wait for this one: torchrun ends them
-        return error
+        if len(study) == 1:
+            return [error.with_traceback(None)]  # which would keep its tensors
+    return [result for run in study for result in _attempt([run], quiet, deadline)]
 
 
 def _together(
-    study: list[Run],
-    jobs: int | None,  # runs at a time; None: as joblib.parallel_config says
+    groups: list[list[Run]],  # of runs that train together
+    jobs: int | None,  # groups at a time; None: as joblib.parallel_config says
     quiet: bool,
+    deadline: float,  # as in train_together
     lives: int = 4,  # worker deaths that end the sweep
-) -> list[dict | Exception]:
+) -> dict[Run, dict | Exception | None]:
     "Train runs through joblib, again after the death of a worker."
     for left in reversed(range(lives)):
         try:
-            return joblib.Parallel(n_jobs=jobs)(joblib.delayed(_attempt)(run, quiet) for run in study)
+            jobs_of = (joblib.delayed(_attempt)(group, quiet, deadline) for group in groups)
+            ended = joblib.Parallel(n_jobs=jobs)(jobs_of)
+            return dict(zip(itertools.chain(*groups), itertools.chain(*ended)))
         except BrokenProcessPool:
             if not left:
                 raise
@@ -778,25 +929,50 @@ def _together(
             if jobs != 1:  # idle workers live on for five minutes, and a child process waits for them
                 get_reusable_executor().shutdown()
 
+# %% ../nbs/03a_train.ipynb #1b2d1116
+def _alike(run: Run) -> str:
+    "What runs that train together have in common."
+    own = {"alone": run.name if run.has("dropout") else "", "budget": run.has("target_macs")}
+    free = ("seed", "gamma", "lam", "target_macs")
+    return str(own | {name: value for name, value in run.identity.items() if name not in free})
+
+
+def _groups(
+    study: list[Run],
+    runs_at_once: int,
+) -> list[list[Run]]:
+    "Runs that train together, in the order in which the first of each kind comes."
+    kinds = {}
+    for run in study:
+        kinds.setdefault(_alike(run), []).append(run)
+    starts = range(0, len(study), runs_at_once)
+    return [kind[i:i + runs_at_once] for kind in kinds.values() for i in starts if i < len(kind)]
+
 # %% ../nbs/03a_train.ipynb #e0b607b4
 def sweep(
     study: list[Run],  # of either task
     jobs: int | None = 1,  # runs at a time, each in its own process if several; None: as joblib says; 0: none
     quiet: bool = True,  # False: also print a line an epoch
-) -> list[dict]:  # their records, in the same order
-    "Train what is not complete yet, one after the other or side by side through joblib."
+    runs_at_once: int = 1,  # of a structure, stepped side by side in one process: what fills a GPU
+    deadline: float = math.inf,  # stop after the epochs that end at this time.monotonic() or later
+) -> list[dict | None]:  # their records, in the same order; None for a run that was stopped
+    "Train what is not complete yet, one after the other or side by side."
     if jobs == 0:
         return [run.record() for run in study]
+    if runs_at_once < 1:
+        raise ValueError(f"runs_at_once={runs_at_once}: must be 1 or more")
+    if jobs not in (1, None) and any(_device(run) != "cpu" for run in study):
+        raise ValueError(f"jobs={jobs}: processes only take turns on a GPU: use runs_at_once={jobs} instead")
+    starts = dict.fromkeys(run.replace(method="plain") for run in study if run.has("start"))
     with _watching(study):
-        starts = dict.fromkeys(run.replace(method="plain") for run in study if run.has("start"))
-        _together(list(starts), jobs, quiet)
-        records = _together(study, jobs, quiet)
-    failed = [(run, error) for run, error in zip(study, records) if isinstance(error, Exception)]
+        _together(_groups(list(starts), runs_at_once), jobs, quiet, deadline)
+        records = _together(_groups(study, runs_at_once), jobs, quiet, deadline)
+    failed = [(run, error) for run, error in records.items() if isinstance(error, Exception)]
     if failed:
         run, error = failed[0]
         words = f"{len(failed)} of {len(study)} runs failed, the others are complete; {run.name}: {error}"
         raise type(error)(words)
-    return records
+    return [records[run] for run in study]
 
 # %% ../nbs/03a_train.ipynb #e4fad6bd
 def _listening(address: str) -> None:
@@ -830,7 +1006,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("presets", nargs="+", metavar="FILE.yaml", help="params/<notebook>/<preset>.yaml")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="a setting that wins over the file's, such as -p epochs 3")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process")
+    parser.add_argument("--runs-at-once", type=int, default=1, metavar="R",
+                        help="runs of a structure that are stepped side by side, on a GPU")
     parser.add_argument("--dask", default="", metavar="ADDRESS",
                         help="scheduler of a Dask cluster that trains instead, such as tcp://host:8786")
     return parser.parse_args(arguments)
@@ -857,9 +1035,11 @@ def main(
         study = [run for path in options.presets for run in runs.preset(path, **others).runs]
         with processes(), _backend(options.dask):
             rank, world = process()
-            if world > 1 and (options.dask or options.jobs > 1):
-                raise ValueError("torchrun trains one run on all its processes: leave out --jobs and --dask")
-            records = sweep(study, None if options.dask else options.jobs, quiet=False)
+            if world > 1 and (options.dask or options.jobs > 1 or options.runs_at_once > 1):
+                raise ValueError("torchrun trains one run on all its processes: leave out --jobs, "
+                                 "--runs-at-once and --dask")
+            jobs = None if options.dask else options.jobs
+            records = sweep(study, jobs, quiet=False, runs_at_once=options.runs_at_once)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     for run, metrics in zip(study, records if rank == 0 else ()):
