@@ -687,9 +687,9 @@ SAVE_EVERY = float(os.environ.get("BAS_SAVE_EVERY", 20))  # seconds between chec
 
 
 def _save(trainees: list[Trainee]) -> None:
-    "Write each run's log and a checkpoint; of several processes, the first one writes."
+    "Write each run's log, and then a checkpoint; of several processes, the first one writes."
     for t in () if process()[0] else trainees:
-        with core.whole(t.run.folder/"log.csv") as part:  # first: a checkpoint without it would leave it short
+        with core.whole(t.run.folder/"log.csv") as part:
             pd.DataFrame(t.state.log).to_csv(part, index=False)
         parts = {"settings": t.run.identity, "model": t.model.state_dict(), "optimiser": t.opt.state_dict()}
         core.write_state(t.run.folder/"checkpoint.pt", parts | t.state._asdict())

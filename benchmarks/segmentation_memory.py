@@ -14,7 +14,7 @@ from multiprocessing import get_context
 
 import torch
 
-from bas_repro import core, train
+from bas_repro import core, gates, resnet, train
 from bas_repro.runs import Run
 
 
@@ -27,13 +27,15 @@ def step(run: Run, device: str) -> dict:
     "One step on noise: the peak in GiB, its seconds."
     before, (height, width) = resident(), map(int, run.crop)
     model = run.work.build(run, 19)
-    plan = train.Plan(run, run.work, train.Length(1, 1, 1), train.ledger(run, model, 19, (height, width)))
+    costs, drawn = train.ledger(run, model, 19, (height, width)), gates.draws(resnet.blocks_of(model))
+    plan = train.Plan(run, run.work, train.Length(1, 1, 1), costs, drawn)
     model = model.to(device, memory_format=torch.channels_last).train()
     opt, began = train.optimiser(model, run), time.perf_counter()
     x = torch.randn(run.batch_size, 3, height, width, device=device).to(memory_format=torch.channels_last)
     y = torch.randint(19, (run.batch_size, height, width), dtype=torch.uint8, device=device)
     lam, none = torch.tensor(run.settings.get("lam", 0.0), device=device), torch.zeros((), device=device)
-    train.gradients(model, x, y, lam, none, None, plan)
+    noise = torch.rand(run.batch_size * sum(map(sum, drawn)), device=device)
+    train.gradients(model, x, y, noise, lam, none, None, plan)
     opt.step()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident() - before
     return {"GiB": round(peak / 2**30, 2), "seconds": round(time.perf_counter() - began, 1)}

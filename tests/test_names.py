@@ -109,8 +109,8 @@ def totals(run):
     with mock.patch.object(data, "normalise", lambda x: normalise(x).double()):
         splits = run.work.read(run, "cpu")
         model = run.work.build(run, len(splits.classes)).double()
-        log = train.fit(run, model, splits).log
-    return pd.DataFrame(log)[COLUMNS].sum().tolist()
+        [state] = train.fit([train.Trainee(run, model, splits)])
+    return pd.DataFrame(state.log)[COLUMNS].sum().tolist()
 
 
 def test_every_method_is_here():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from bas_repro import core, runs, train
 
@@ -26,6 +27,7 @@ def study(out):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    torch.set_num_threads(1)  # as in joblib's workers: sums depend on it
     return train.sweep(study(tmp_path_factory.mktemp("undisturbed")))
 
 
