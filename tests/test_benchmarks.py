@@ -14,7 +14,7 @@ SCRIPTS = [path.name for path in ALL if "__main__" in path.read_text(encoding="u
 SMALLEST = {
     "batch_shaping.py": ("--rounds 1", "ours, compiled"),
     "data_path.py": ("tree --size 32 --workers 0 --images 96 --rounds 1", "pixels: 32"),
-    "segmentation_memory.py": ("--backbone resnet18 --crop 32 32 --steps 1", "resnet18 shaping, 6 pictures of 32×32"),
+    "segmentation_memory.py": ("--backbone resnet18 --crop 32 32 --steps 1", "resnet18 shaping, 6 pictures"),
     "training_step.py": ("--rounds 1 --batch 8 --model resnet8 --threads 1", "gated, batch-shaping, L0"),
     "triton_kernel.py": ("--interpret", "relative error"),
 }
@@ -36,6 +36,7 @@ def test_the_smallest_form_runs(script, folder):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *words.split()]
     own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
            "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than all else
-    ran = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=300)
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    ran = subprocess.run(command, cwd=folder, env=os.environ | own, **options)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert says in ran.stdout
