@@ -1,7 +1,8 @@
 """Peak memory of one training step of a gated PSPNet, as Appendix B.3 has it: 448×672 pixels, batch 6,
 whole and in parts.
 
-    python benchmarks/segmentation_memory.py [--backbone resnet50] [--device cuda] [--crop 448 672] [--steps 3]
+    python benchmarks/segmentation_memory.py [--backbone resnet50] [--device cuda] [--crop 448 672]
+                                              [--steps 3]
 
 Several minutes and about 15 GB on a CPU. Each step runs in a process of its own; on a CPU the peak is
 what the operating system saw (ru_maxrss), less what was there before the network.

@@ -1,4 +1,4 @@
-"""Every script in benchmarks/ runs on the CPU in its smallest form. The numbers of such a run mean nothing."""
+"""Every script in benchmarks/ runs on the CPU in its smallest form. Its numbers then mean nothing."""
 import os
 import subprocess
 import sys
