@@ -2,6 +2,7 @@
 whole and in parts.
 
     python benchmarks/segmentation_memory.py [--backbone resnet50] [--device cuda] [--crop 448 672]
+                                              [--steps 3]
 
 Several minutes and about 15 GB on a CPU. Each step runs in a process of its own; on a CPU the peak is
 what the operating system saw (ru_maxrss), less what was there before the network.
@@ -16,6 +17,8 @@ import torch
 
 from bas_repro import core, gates, resnet, train
 from bas_repro.runs import Run
+
+STEPS = (("shaping", 1), ("shaping", 3), ("plain", 1))  # method, and in how many parts
 
 
 def resident() -> float:
@@ -46,10 +49,11 @@ if __name__ == "__main__":
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--crop", type=int, nargs=2, default=(448, 672), help="height and width in pixels")
+    parser.add_argument("--steps", type=int, default=3, help="how many of the three steps (3)")
     options = parser.parse_args()
     made = core.environment(options.device)
     print({name: made[name] for name in ("torch", "machine", "device", "threads") if name in made})
-    for method, parts in (("shaping", 1), ("shaping", 3), ("plain", 1)):
+    for method, parts in STEPS[: options.steps]:
         given = {"backbone": options.backbone, "method": method, "accumulate": parts, "crop": options.crop}
         run = Run(dataset="scenes", **given)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:

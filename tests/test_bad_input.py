@@ -193,6 +193,8 @@ PARAMETERS = [(notebook, *bad) for notebook in NOTEBOOKS for bad in EVERYWHERE] 
     ("06_cityscapes", "lam", "big", "lam='big'"),
     ("07_timing", "repeats", 1, "repeats=1"),
     ("07_timing", "engines", "cuda", "'cuda'"),
+    ("07_timing", "gpu_batch", 128, "unknown parameter 'gpu_batch'"),
+    ("07_timing", "run", "gpu", "run='gpu'"),
     ("09_claims", "outputs", "/nowhere", "/nowhere"),
 ]
 
