@@ -9,6 +9,7 @@ by renaming, so it is whole at any kill. Eight files of 16 MiB come back, 64 MiB
 import hashlib
 import io
 import json
+import pickle
 import re
 import tarfile
 import zlib
@@ -25,7 +26,7 @@ RESUMES = 3  # archives of checkpoints
 GROWTH = 0.8  # share of an archive of checkpoints that is filled: they grow
 BENCH = "outputs/07_timing/gpu/metrics.json"  # where bench.json goes
 MEMBER = re.compile(r"outputs/\w[\w.-]*/\w[\w.+-]*/\w[\w.-]*")  # a file of a run
-FAULTS = (tarfile.TarError, EOFError, OSError, zlib.error, KeyError, ValueError)
+FAULTS = (tarfile.TarError, pickle.UnpicklingError, EOFError, OSError, zlib.error, KeyError, ValueError)
 
 
 def archive(
@@ -55,7 +56,7 @@ def read_archive(path: Path) -> tuple[str, dict[str, bytes]]:
             raise ValueError("not all that its contents name is there")
         return contents["commit"], files
     except FAULTS as error:
-        reason = str(error) or type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise ValueError(f"{path} is cut short or damaged ({reason}): fetch it again") from None
 
 

@@ -1,5 +1,5 @@
-"""The rehearsal of on_gpu.py on the CPU: the checks in small, a visit that cuts runs in two, a second visit that
-finishes them on another machine, and what came back taken up at home, against runs that nobody interrupted."""
+"""The rehearsal of on_gpu.py on the CPU: the checks in small, a visit that cuts a run in two, a second visit
+that finishes it on another machine, and what came back taken up at home, against runs without interruption."""
 import os
 import shutil
 import tempfile
@@ -22,7 +22,7 @@ compile: "no"
 device: cpu
 runs:
 - {method: plain, epochs: 2}
-- {method: bas, gamma: [0.1, 0.2], epochs: 60}
+- {method: bas, gamma: [0.1, 0.2], epochs: 36}
 """
 SHARE = 0.35  # of the two long runs' time at which the first visit ends
 
@@ -95,9 +95,10 @@ def _at_home(home: Path, visits: list[Path], straight: Path) -> list[gpu_checks.
     there = (home/gpu_packing.BENCH).exists() and all(run.record() for run in _queue(home))
     differ = [line for pair in zip(_queue(home), _queue(straight)) for line in _difference(*pair)]
     weights = [run.model() is not None for run in _queue(home)]
+    words = ", ".join(differ) or "no difference"
     return [
         gpu_checks.Result("what came back is taken up", all(taken) and there, f"{len(weights)} networks"),
-        gpu_checks.Result("records equal uninterrupted ones", not differ, ", ".join(differ) or "no difference"),
+        gpu_checks.Result("records equal uninterrupted ones", not differ, words),
     ]
 
 

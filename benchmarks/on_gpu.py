@@ -1,4 +1,4 @@
-"""A quarter of an hour on a borrowed GPU: checks first (stage A), then the runs of presets until the deadline.
+"""A quarter of an hour on a borrowed GPU: checks first (stage A), then runs of presets until the deadline.
 
     python benchmarks/on_gpu.py [--out FOLDER] [--deadline SECONDS] [--resume FOLDER] [--runs-at-once R]
                                 [--no-checks] [--any-commit] PRESET.yaml ...
@@ -7,8 +7,8 @@
 
 Every check is a process of its own with a limit of its own: a hang or a crash never ends the others. Runs are
 trained in the order of the presets, R of one structure at once, with a checkpoint every ten seconds; every
-minute what they left is packed into the output folder (gpu_packing.py says how). `unpack` takes it up at home,
-`--resume` in the next visit. The tree over there has no .git: give BAS_COMMIT=$(git rev-parse HEAD).
+minute what they left is packed into the output folder (gpu_packing.py says how). `unpack` takes it up at
+home, `--resume` in the next visit. The tree over there has no .git: give BAS_COMMIT=$(git rev-parse HEAD).
 """
 import argparse
 import multiprocessing
@@ -195,7 +195,7 @@ def queue_of(presets: list[str]) -> list[runs.Run]:
     return list(dict.fromkeys(run for path in presets for run in runs.preset(path).runs))
 
 
-DIALS = ("seed", "gamma", "target_macs", "lam", "lr", "target", "alpha")  # these may differ in a group
+DIALS = ("seed", "gamma", "lam", "target_macs")  # these may differ in a group
 
 
 def groups_of(queue: list[runs.Run], at_once: int) -> list[list[runs.Run]]:
@@ -229,7 +229,9 @@ def _train(groups: list, at, end: float, visit: Visit, root: Path) -> None:
             break
         try:
             sweep(groups[number], end)
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+            if "CUDA error" in str(error):
+                raise  # nothing more can be computed in this process
             visit.say(f"FAILED {error}")
             failed = True
         visit.say(f"group {number + 1} of {len(groups)}: {', '.join(map(_state, groups[number]))}")
@@ -302,7 +304,8 @@ def _check_place(out: str | None) -> Path:
             part.write_bytes(b"")
         free = shutil.disk_usage(out).free
     except OSError as error:
-        raise ValueError(f"--out {out}: nothing can be written there ({error}): give another folder") from None
+        words = f"nothing can be written there ({error})"
+        raise ValueError(f"--out {out}: {words}: give another folder") from None
     if free < NEEDED:
         raise ValueError(f"--out {out}: {free >> 20} MiB are free, {NEEDED >> 20} are needed")
     return Path(out).resolve()
@@ -320,7 +323,8 @@ def _check_time(options: argparse.Namespace) -> None:
     "`ValueError` in one line if there is no time for the first run."
     least = PACKING + LEAST
     if options.deadline < least:
-        raise ValueError(f"--deadline {options.deadline:g} s is too short for the first run: give {least:g} or more")
+        words = f"--deadline {options.deadline:g} s is too short for the first run"
+        raise ValueError(f"{words}: give {least:g} or more")
     if options.runs_at_once < 1:
         raise ValueError(f"--runs-at-once {options.runs_at_once}: give 1 or more")
 
