@@ -254,13 +254,16 @@ def no_waiting(device: str) -> Iterator[Result]:
 
 
 def falls(device: str) -> Iterator[Result]:
-    "50 steps on the digits bring the loss down."
+    "The first ten batches of the digits, five times over, bring the loss down."
     splits, settings = _digits(device)
-    trainees = _trainees("bas", 1, device, splits, **settings | {"batch_size": 24, "epochs": 1})
-    sums = _sums(train.stepper(trainees, captured=device != "cpu"), trainees, 50)[:, 0, 0].cpu()
-    first, last = sums[9].item() / 10, (sums[49] - sums[39]).item() / 10
-    figure = f"{first:.3f} in the first ten steps, {last:.3f} in the last ten of 50 (goal ≤ 0.9 of it)"
-    yield Result("the loss falls", last <= 0.9 * first, figure, {"first": first, "last": last})
+    trainees = _trainees("bas", 1, device, splits, **settings | {"epochs": 3})
+    step, means = train.stepper(trainees, captured=device != "cpu"), []
+    for _ in range(5):
+        train.begin(trainees[0])
+        means.append(_sums(step, trainees, 10)[-1, 0, 0].item() / 10)
+    first, last = means[0], means[-1]
+    figure = f"{first:.3f} in ten steps at first, {last:.3f} in the last ten of 50 (goal ≤ 0.8 of it)"
+    yield Result("the loss falls", last <= 0.8 * first, figure, {"first": first, "last": last})
 
 
 def _noise_pictures(device: str, size: int, n: int) -> data.Splits:

@@ -89,7 +89,7 @@ def _difference(ours: runs.Run, theirs: runs.Run) -> list[str]:
 
 
 def _at_home(home: Path, visits: list[Path], straight: Path) -> list[gpu_checks.Result]:
-    "Take up what came back from two visits, and compare."
+    "Take up what came back from some visits, and compare."
     os.chdir(home)
     taken = [on_gpu.take_up(root/"out", False) for root in visits]
     there = (home/gpu_packing.BENCH).exists() and all(run.record() for run in _queue(home))
@@ -104,16 +104,18 @@ def _at_home(home: Path, visits: list[Path], straight: Path) -> list[gpu_checks.
 
 def _run(scratch: Path) -> tuple[list[dict], list[gpu_checks.Result]]:
     "All of the rehearsal: what the checks found, and what became of the visits."
-    straight, second, home = (_machine(scratch/name) for name in ("straight", "second", "home"))
+    names = ("bench", "straight", "second", "home")
+    bench, straight, second, home = (_machine(scratch/name) for name in names)
+    (bench/"out").mkdir()
+    os.chdir(bench)
+    found = on_gpu.stage_a(on_gpu.Visit(bench/"out", time.monotonic() + 600, "cpu"))  # also starts the server
     after = _straight(straight)
     first, came = _interrupted(scratch, after)
     words = ", ".join(f"{progress:.0%}" for progress in came)
     cut = gpu_checks.Result("a visit ends in the middle of a run", any(0 < p < 1 for p in came), words)
-    os.chdir(first)
-    found = on_gpu.stage_a(on_gpu.Visit(first/"out", time.monotonic() + 600, "cpu"))
     well = _visit(second, "--deadline", "600", "--resume", str(first/"out"))
     resumed = gpu_checks.Result("the next visit finishes it", well, f"{len(came)} runs")
-    return found, [cut, resumed, *_at_home(home, [first, second], straight)]
+    return found, [cut, resumed, *_at_home(home, [bench, first, second], straight)]
 
 
 def rehearse() -> bool:

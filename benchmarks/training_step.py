@@ -22,7 +22,9 @@ from bas_repro.runs import Run
 GOAL = 1.15  # compiled: the gated network with both losses over the plain one
 KINDS = {"plain": "plain", "gated": "gates", "gated, batch-shaping, L0": "bas"}  # name → method
 _GATES = {"name": "gates", "dial": "", "uses": ("bottleneck", "gate_bias", "gate_weight_decay"), "loss": None}
-methods.add(dataclasses.replace(methods.method("bas"), **_GATES, check=methods.method("plain").check))
+_PLAIN = methods.method("plain")
+_NO_LOSS = {"check": _PLAIN.check, "lam": _PLAIN.lam, "strength": _PLAIN.strength}
+methods.add(dataclasses.replace(methods.method("bas"), **_GATES, **_NO_LOSS))
 
 
 def plan_of(run):
