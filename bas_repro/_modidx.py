@@ -413,6 +413,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                      'bas_repro.inference._layers': ('inference.html#_layers', 'bas_repro/inference.py'),
                                      'bas_repro.inference._lean': ('inference.html#_lean', 'bas_repro/inference.py'),
                                      'bas_repro.inference._log_orders': ('inference.html#_log_orders', 'bas_repro/inference.py'),
+                                     'bas_repro.inference._masked': ('inference.html#_masked', 'bas_repro/inference.py'),
                                      'bas_repro.inference._narrowed': ('inference.html#_narrowed', 'bas_repro/inference.py'),
                                      'bas_repro.inference._open_channels': ('inference.html#_open_channels', 'bas_repro/inference.py'),
                                      'bas_repro.inference._pick_engine': ('inference.html#_pick_engine', 'bas_repro/inference.py'),

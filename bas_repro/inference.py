@@ -497,13 +497,22 @@ class _TritonBlock(_KernelBlock):
         lists = self.packed.lists(masks)
         return triton_kernel.gated_block(x, self.packed, lists=lists)[0]
 
+# %% ../nbs/03b_inference.ipynb #4fbaa4fc
+def _masked(block: nn.Module) -> nn.Module:
+    "The block itself, folded."
+    block = copy.deepcopy(block)
+    for i, (conv, bn) in enumerate(_layers(block), 1):
+        setattr(block, f"conv{i}", fuse_conv_bn_eval(conv, bn))
+        setattr(block, f"bn{i}", nn.Identity())
+    return block
+
 # %% ../nbs/03b_inference.ipynb #c45fc5b3
 _ENGINES = {"torch": _CompactBlock, "native": _NativeBlock, "triton": _TritonBlock, "masked": None}
 
 def _executor(block: nn.Module, engine: str = "torch", dense_above: float | None = None) -> nn.Module:
     "The executor of a gated block of this library, in evaluation mode, which is left as it is."
     if engine == "masked":
-        return block
+        return _masked(block)
     if isinstance(block, DroppedBlock):
         return _dropping(block)
     if isinstance(block, FBSBlock) or getattr(block, "gating2", None) is not None:
