@@ -540,7 +540,7 @@ def _pick_engine(engine: str, device: torch.device, dtype: torch.dtype) -> str:
     "The engine to use; RuntimeError for one that was asked for and cannot run."
     log = logging.getLogger(__name__)
     if engine == "auto" and device.type == "cuda":
-        log.warning("compact: the masked network on CUDA, until the Triton kernel is measured to be faster there")
+        log.warning("compact: the masked network on CUDA, until the Triton kernel is measured to be faster")
         return "masked"
     if engine == "auto" and not _can_run("native", device, dtype):
         log.warning("compact: the native engine cannot run here (%s, %s); using torch", device, dtype)
@@ -579,7 +579,7 @@ def compact(
     weight = next(model.parameters())
     engine = _pick_engine(engine, weight.device, weight.dtype)
     net = copy.deepcopy(model).eval().requires_grad_(False)
-    orders = {} if log is None else _log_orders(net, log)
+    orders = {} if log is None or engine == "masked" else _log_orders(net, log)
     for name, block in [(n, m) for n, m in net.named_modules() if hasattr(m, "gated")]:
         if name in orders:
             widths = [block.get_submodule(outs[0]).out_channels for outs, _ in block.gated]
