@@ -4,9 +4,10 @@ First the numbers: the executor against the masked network in float32 (TF32 off)
 at 56 pixels and one of 512 at 7, against a dense convolution. Then ResNet-34, random masks, every image its
 own (gates are computed and timed, then the masks take their place), against the dense network in eager mode
 and compiled (channels_last, batch norms folded). Everything is captured in CUDA graphs; the replays take turns
-and are timed by events; medians. Goals: at 45% open at most 0.65 of the best dense engine, all open at most 1.15.
+and are timed by events; medians. Goals: at most 0.65 of the best dense engine at 45% open, 1.15 all open.
 
-    python benchmarks/triton_kernel.py [--model resnet34] [--batch 128] [--size 224] [--dtype bfloat16] [--repeats 50]
+    python benchmarks/triton_kernel.py [--model resnet34] [--batch 128] [--size 224] [--dtype bfloat16]
+                                       [--repeats 50]
     TRITON_INTERPRET=1 python benchmarks/triton_kernel.py   # no GPU: a tiny dry run, untimed
 
 `layer_check`, `network_check` and `network_times` return plain numbers for other scripts; times are None
@@ -72,7 +73,8 @@ def layer_check(channels, pixels, batch, share, device="cuda", dtype=torch.bfloa
         "last": lambda _: tk._conv(hidden, packed[1], tile, write[0]),
         "dense": lambda _: F.conv2d(x, weight, padding=1),
     }
-    middle = F.relu(F.conv2d(x.float(), weight.float(), padding=1)).to(dtype).float() * mask[0, :, :, None, None]
+    middle = F.relu(F.conv2d(x.float(), weight.float(), padding=1)) * mask[0, :, :, None, None]
+    middle = middle.to(dtype).float()
     expected = F.relu(F.conv2d(middle, weight.float(), padding=1))
     found = runs["last"](None)[0].permute(0, 3, 1, 2)
     times = dict.fromkeys(runs)
@@ -205,5 +207,6 @@ if __name__ == "__main__":
     if not tk.available("cuda" if torch.cuda.is_available() else "cpu"):
         print("no CUDA device here: nothing to time (TRITON_INTERPRET=1 makes a dry run on the CPU)")
     else:
-        print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(f"torch {torch.__version__}, {where}")
         main(args)
