@@ -494,14 +494,25 @@ class _TritonBlock(_KernelBlock):
     def kernel(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         "The whole block for a batch; lists of open channels are made on the device."
         masks = torch.stack(value.split(self.widths, 1)[: len(self.gated)])
-        lists = triton_kernel.lists_of(masks, self.packed.block)
+        lists = self.packed.lists(masks)
         return triton_kernel.gated_block(x, self.packed, lists=lists)[0]
 
+# %% ../nbs/03b_inference.ipynb #4fbaa4fc
+def _masked(block: nn.Module) -> nn.Module:
+    "The block itself, folded."
+    block = copy.deepcopy(block)
+    for i, (conv, bn) in enumerate(_layers(block), 1):
+        setattr(block, f"conv{i}", fuse_conv_bn_eval(conv, bn))
+        setattr(block, f"bn{i}", nn.Identity())
+    return block
+
 # %% ../nbs/03b_inference.ipynb #c45fc5b3
-_ENGINES = {"torch": _CompactBlock, "native": _NativeBlock, "triton": _TritonBlock}
+_ENGINES = {"torch": _CompactBlock, "native": _NativeBlock, "triton": _TritonBlock, "masked": None}
 
 def _executor(block: nn.Module, engine: str = "torch", dense_above: float | None = None) -> nn.Module:
     "The executor of a gated block of this library, in evaluation mode, which is left as it is."
+    if engine == "masked":
+        return _masked(block)
     if isinstance(block, DroppedBlock):
         return _dropping(block)
     if isinstance(block, FBSBlock) or getattr(block, "gating2", None) is not None:
@@ -527,15 +538,17 @@ def _can_run(engine: str, device: torch.device, dtype: torch.dtype) -> bool:
 # %% ../nbs/03b_inference.ipynb #33116edc
 def _pick_engine(engine: str, device: torch.device, dtype: torch.dtype) -> str:
     "The engine to use; RuntimeError for one that was asked for and cannot run."
-    if engine == "auto":
-        best = "triton" if device.type == "cuda" else "native"
-        if _can_run(best, device, dtype):
-            return best
-        message = "compact: the %s engine cannot run here (%s, %s); using torch"
-        logging.getLogger(__name__).warning(message, best, device, dtype)
+    log = logging.getLogger(__name__)
+    if engine == "auto" and device.type == "cuda":
+        log.warning("compact: the masked network on CUDA, until the Triton kernel is measured to be faster")
+        return "masked"
+    if engine == "auto" and not _can_run("native", device, dtype):
+        log.warning("compact: the native engine cannot run here (%s, %s); using torch", device, dtype)
         return "torch"
+    if engine == "auto":
+        return "native"
     if engine not in _ENGINES:
-        raise ValueError(f"engine={engine!r}: choose 'auto', 'torch', 'native' or 'triton'")
+        raise ValueError(f"engine={engine!r}: choose 'auto', 'torch', 'native', 'triton' or 'masked'")
     if not _can_run(engine, device, dtype):
         raise RuntimeError(f"engine={engine!r} cannot run a {dtype} network on {device}; use engine='auto'")
     return engine
@@ -558,7 +571,7 @@ def _log_orders(model: nn.Module, log: list[Gate] | torch.Tensor) -> dict[str, l
 # %% ../nbs/03b_inference.ipynb #d290cfc6
 def compact(
     model: nn.Module,  # a gated network of this library (a plain one is only folded); left untouched
-    engine: str = "auto",  # "torch", "native" (CPU), "triton" (CUDA), or "auto": a kernel, else torch
+    engine: str = "auto",  # "torch", "native" (CPU), "triton" (CUDA), "masked", or "auto": by device
     log: list[Gate] | torch.Tensor | None = None,  # gates of many images: what none opens is dropped
     dense_above: float | None = None,  # open share, 0 to 1, above which an image's block is masked instead
 ) -> nn.Module:  # for inference: net(x) gives logits, net(x, return_gates=True) logits and gates
@@ -566,7 +579,7 @@ def compact(
     weight = next(model.parameters())
     engine = _pick_engine(engine, weight.device, weight.dtype)
     net = copy.deepcopy(model).eval().requires_grad_(False)
-    orders = {} if log is None else _log_orders(net, log)
+    orders = {} if log is None or engine == "masked" else _log_orders(net, log)
     for name, block in [(n, m) for n, m in net.named_modules() if hasattr(m, "gated")]:
         if name in orders:
             widths = [block.get_submodule(outs[0]).out_channels for outs, _ in block.gated]

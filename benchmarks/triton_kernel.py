@@ -1,30 +1,27 @@
 """Does the Triton kernel beat the dense network on a GPU, and from which open share on?
 
-ResNet-34, random images and random masks, every image its own; gates are computed and their kernels timed,
-then the masks take their place. The executor at open shares of 10 to 100% stands against the dense network in
-eager mode and compiled (bf16, channels_last, batch norms folded). Everything is captured in CUDA graphs; the
-replays take turns and are timed by events; medians. First of all the executor is compared with the masked
-network in float32. Goals: at 45% open at most 0.65 of the best dense engine, with all open at most 1.2.
+First the numbers: the executor against the masked network in float32 (TF32 off). Then one layer of 64 channels
+at 56 pixels and one of 512 at 7, against a dense convolution. Then ResNet-34, random masks, every image its
+own (gates are computed and timed, then the masks take their place), against the dense network in eager mode
+and compiled (channels_last, batch norms folded). Everything is captured in CUDA graphs; the replays take turns
+and are timed by events; medians. Goals: at most 0.65 of the best dense engine at 45% open, 1.15 all open.
 
     python benchmarks/triton_kernel.py [--model resnet34] [--batch 128] [--size 224] [--dtype bfloat16]
-                                       [--repeats 50] [--tune]
-    python benchmarks/triton_kernel.py --interpret   # no GPU: a tiny dry run in Triton's interpreter, untimed
+                                       [--repeats 50]
+    TRITON_INTERPRET=1 python benchmarks/triton_kernel.py   # no GPU: a tiny dry run, untimed
+
+`layer_check`, `network_check` and `network_times` return plain numbers for other scripts; times are None
+without CUDA. Nothing here has run on a GPU yet.
 """
 import argparse
-import os
-import sys
 from functools import partial
-from itertools import product
 from statistics import median
 
 import torch
-
-if "--interpret" in sys.argv:  # before anything imports triton
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import torchvision
 from torch import nn
 from torch.fx.experimental import optimization
+from torch.nn import functional as F
 
 from bas_repro import resnet
 from bas_repro import triton_kernel as tk
@@ -32,30 +29,69 @@ from bas_repro.gates import Gate
 from bas_repro.inference import force, random_masks
 from bas_repro.macs import gate_costs, image_macs_of
 
-SHARES = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
-GOALS = {0.45: 0.65, 1.0: 1.2}
+SHARES = (0.1, 0.3, 0.45, 0.6, 0.8, 1.0)
+GOALS = {0.45: 0.65, 1.0: 1.15}
+LAYERS = ((64, 56), (512, 7))  # channels, pixels a side
 
 
-def networks(args, device):
-    "The gated network with batch norms as after training, and torchvision's plain one."
-    torch.manual_seed(0)
-    if args.interpret:
-        gated = resnet.cifar_resnet(8, gated=True)
-    else:
-        gated = getattr(resnet, args.model)(gated=True)
-    for m in gated.modules():
+def exact_float32():
+    "No TF32: gates decide at a threshold."
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def settled(model, device):
+    "A network with batch norms as after training, in evaluation mode."
+    for m in model.modules():
         if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)):
             nn.init.uniform_(m.running_var, 0.5, 2)
             nn.init.normal_(m.bias, 0, 0.1)
-    return gated.eval().to(device), getattr(torchvision.models, args.model)().eval().to(device)
+    return model.eval().to(device)
 
 
-def check(model, x, masks):
-    "Relative error of the executor in float32 against the masked network."
-    with torch.no_grad():
-        found, expected = tk.Network(model, torch.float32)(x, masks), force(model, masks)(x)
+def relative(found, expected):
+    "Relative error."
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@torch.no_grad()
+def layer_check(channels, pixels, batch, share, device="cuda", dtype=torch.bfloat16, tile=None, repeats=50):
+    "Both kinds of our 3×3 convolution, C to C, against F.conv2d: ms (None without CUDA) and relative error."
+    exact_float32()
+    torch.manual_seed(0)
+    conv, bn = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+    conv, bn = conv.eval().to(device), bn.eval().to(device)
+    tile = tile or tk.tile_for(channels, pixels**2, share)
+    x = torch.randn(batch, channels, pixels, pixels, device=device).to(dtype, memory_format=torch.channels_last)
+    mask = (torch.rand(1, batch, channels, device=device) < share).float()
+    lists = tk.lists_of(mask, tile.channels)
+    write, rows = (lists.channels[0], lists.tiles[0]), x.permute(0, 2, 3, 1).contiguous()
+    packed = [tk._pack_conv(conv, bn, chosen, dtype) for chosen in (True, False)]
+    weight = tk.fuse_conv_bn_eval(conv, bn).weight.to(dtype, memory_format=torch.channels_last)
+    hidden, _ = tk._conv(rows, packed[0], tile, None, write)
+    runs = {
+        "first": lambda _: tk._conv(rows, packed[0], tile, None, write),
+        "last": lambda _: tk._conv(hidden, packed[1], tile, write[0]),
+        "dense": lambda _: F.conv2d(x, weight, padding=1),
+    }
+    middle = F.relu(F.conv2d(x.float(), weight.float(), padding=1)) * mask[0, :, :, None, None]
+    middle = middle.to(dtype).float()
+    expected = F.relu(F.conv2d(middle, weight.float(), padding=1))
+    found = runs["last"](None)[0].permute(0, 3, 1, 2)
+    times = dict.fromkeys(runs)
+    if x.is_cuda:
+        times = interleaved({name: captured(run, x) for name, run in runs.items()}, repeats)
+    about = {"channels": channels, "pixels": pixels, "share": share, "open": mask.mean().item(), "tile": tuple(tile)}
+    return about | {f"{name}_ms": ms for name, ms in times.items()} | {"error": relative(found, expected)}
+
+
+@torch.no_grad()
+def network_check(model, x, share, rates=None):
+    "Relative error in float32 of the executor against the masked network; model and x on the same device."
+    exact_float32()
+    masks = random_masks(model, len(x), share)
+    found, expected = tk.Network(model, torch.float32, rates=rates)(x, masks), force(model, masks)(x)
     force(model, None)
-    return ((found - expected).norm() / expected.norm()).item()
+    return relative(found, expected)
 
 
 def captured(run, x):
@@ -99,46 +135,63 @@ def mac_share(model, masks, x):
     return image_macs_of(costs, [Gate(m, m) for m in masks], len(x)).double().mean().item() / ungated
 
 
-def compare(gated, graphs, x, tile, shares, args):
-    "Time the executor at several open shares against the dense engines; print milliseconds and ratios."
-    shares, graphs = {share: random_masks(gated, len(x), share) for share in shares}, dict(graphs)
-    for share, masks in shares.items():
-        graphs[share] = captured(partial(tk.Network(gated, x.dtype, tile), masks=masks), x)
-    times = interleaved(graphs, args.repeats)
-    eager, best = times["dense eager"], min(times["dense eager"], times["dense compiled"])
-    print(f"{tile}\ndense eager {eager:.3f} ms, dense compiled {times['dense compiled']:.3f} ms")
-    for share, masks in shares.items():
-        ms, verdict = times[share], ""
-        if share in GOALS:
-            verdict = f"; goal {GOALS[share]}: {'reached' if ms / best <= GOALS[share] else 'missed'}"
+def network_times(model_name, batch, size, dtype, shares=SHARES, repeats=50):
+    """A list of {engine, share, macs, ms}: "dense eager" and "dense compiled", then at every share "triton" and
+    "triton, copies of 8 bytes"; macs as a part of the plain network's; ms None without CUDA."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain = settled(getattr(torchvision.models, model_name)(), device)
+    gated = settled(getattr(resnet, model_name)(gated=True), device)
+    x = torch.randn(batch, 3, size, size, device=device).to(dtype, memory_format=torch.channels_last)
+    runs = {("dense eager", 1.0, 1.0): None, ("dense compiled", 1.0, 1.0): None}
+    if x.is_cuda:
+        runs = {(name, 1.0, 1.0): captured(run, x) for name, run in dense(plain, dtype).items()}
+    for share in shares:
+        masks = random_masks(gated, batch, share)
         macs = mac_share(gated, masks, x)
-        ratios = f"{ms / eager:.3f} of eager, {ms / best:.3f} of the best dense"
-        print(f"{share:4.0%} open, {macs:.3f} of the MACs: {ms:8.3f} ms, {ratios}{verdict}")
+        for name, kind in (("triton", tk.Packed), ("triton, copies of 8 bytes", NearTaps)):
+            run = partial(executor(gated, dtype, kind), masks=masks)
+            runs[name, share, macs] = captured(run, x) if x.is_cuda else None
+    times = interleaved(runs, repeats) if x.is_cuda else runs
+    return [{"engine": e, "share": s, "macs": m, "ms": times[e, s, m]} for e, s, m in runs]
+
+
+class NearTaps(tk.Packed):
+    "A packed block whose features are copied 8 bytes at a time, through the L1 cache."
+
+    def sizes(self, pixels=1):
+        return super().sizes(pixels)._replace(copy=4)
+
+
+def executor(gated, dtype, kind):
+    "The network in the kernels, its blocks of this kind."
+    network = tk.Network(gated, dtype)
+    network.blocks = [kind(*block) for block in network.blocks]
+    return network
 
 
 def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.interpret:
-        args.batch, args.size = 2, 8
-    gated, plain = networks(args, device)
-    x = torch.randn(args.batch, 3, args.size, args.size, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    small = x[: min(8, args.batch)]
+    torch.manual_seed(0)
+    model, size = (resnet.cifar_resnet(8, gated=True), 8) if device.type == "cpu" else (None, args.size)
+    model = settled(model or getattr(resnet, args.model)(gated=True), device)
+    x = torch.randn(2 if device.type == "cpu" else 8, 3, size, size, device=device)
     for share in (0.0, 0.45, 1.0):
-        masks = random_masks(gated, len(small), share)
-        macs, error = mac_share(gated, masks, small), check(gated, small, masks)
-        what = f"float32, {share:.0%} open, {macs:.3f} of the MACs"
-        print(f"{what}: relative error against the masked network {error:.1e}")
-    if args.interpret:
+        error = network_check(model, x, share)
+        print(f"float32, {share:.0%} open: relative error against the masked network {error:.1e}")
+    layers, batch = (LAYERS, args.batch) if device.type == "cuda" else (((16, 4),), 2)
+    for channels, pixels in layers:
+        for share in (1.0, 0.45):
+            print(layer_check(channels, pixels, batch, share, device, getattr(torch, args.dtype)))
+    if device.type == "cpu":
         return
-    x = x.to(getattr(torch, args.dtype))
-    graphs = {name: captured(run, x) for name, run in dense(plain, x.dtype).items()}
-    compare(gated, graphs, x, tk.Tile(), SHARES, args)
-    chosen = (16, 16), (32, 32), (64, 32), (64, 64)  # channels of a tile, depth
-    for pixels, all_channels, (channels, depth), warps in product((64, 128), (64, 128), chosen, (4, 8)):
-        if args.tune:
-            compare(gated, graphs, x, tk.Tile(pixels, channels, all_channels, depth, warps), GOALS, args)
+    rows = network_times(args.model, args.batch, args.size, getattr(torch, args.dtype), SHARES, args.repeats)
+    best = min(row["ms"] for row in rows if row["engine"].startswith("dense"))
+    for row in rows:
+        ratio, goal = row["ms"] / best, GOALS.get(row["share"])
+        verdict = "" if goal is None or "triton" not in row["engine"] else f"; goal {goal}: {ratio <= goal}"
+        print(f"{row['engine']:26} {row['share']:4.0%} open, {row['macs']:.3f} of the MACs: "
+              f"{row['ms']:8.3f} ms, {ratio:.3f} of the best dense{verdict}")
 
 
 if __name__ == "__main__":
@@ -150,15 +203,10 @@ if __name__ == "__main__":
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of what is timed (bfloat16)")
     parser.add_argument("--repeats", type=int, default=50, help="timings of each (50)")
-    parser.add_argument("--tune", action="store_true", help="try many sizes of tiles")
-    parser.add_argument("--interpret", action="store_true", help="a tiny dry run on the CPU")
     args = parser.parse_args()
-    if not (torch.cuda.is_available() or args.interpret):
-        print("no CUDA device here: nothing to time (--interpret makes a dry run on the CPU)")
+    if not tk.available("cuda" if torch.cuda.is_available() else "cpu"):
+        print("no CUDA device here: nothing to time (TRITON_INTERPRET=1 makes a dry run on the CPU)")
     else:
-        what = "interpreter on the CPU; ResNet-8 for CIFAR, 2 images of 8 pixels"
-        if not args.interpret:
-            what = f"{torch.cuda.get_device_name()}; {args.model}, batches of {args.batch}, "
-            what += f"{args.size} pixels, {args.dtype}, medians of {args.repeats}"
-        print(f"torch {torch.__version__}, {what}")
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(f"torch {torch.__version__}, {where}")
         main(args)

@@ -62,7 +62,7 @@ def worst(net, exe, x, masks):
     return ((got - want).norm(dim=1) / want.norm(dim=1)).max().item()
 
 
-@pytest.mark.parametrize("engine", ["torch", "native"])
+@pytest.mark.parametrize("engine", ["torch", "native", "masked"])
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_are_those_of_the_masked_network(name, engine):
     net, x = network(name), torch.randn(IMAGES, 3, 32, 32)
@@ -72,7 +72,7 @@ def test_outputs_are_those_of_the_masked_network(name, engine):
     assert worst(net, exe, x, None) < 1e-5
 
 
-@pytest.mark.parametrize("engine", ["torch", "native"])
+@pytest.mark.parametrize("engine", ["torch", "native", "masked"])
 @pytest.mark.parametrize("name", ["resnet20", "one", "shared", "two"])
 def test_dropped_and_permuted_channels_change_nothing_with_some_blocks_run_dense(name, engine):
     net, x = network(name), torch.randn(6, 3, 32, 32)
