@@ -262,6 +262,7 @@ def environment(
         "machine": _processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        **({"tf32": torch.backends.cudnn.allow_tf32} if gpu else {}),
     }
 
 # %% ../nbs/00_core.ipynb #bd53725a

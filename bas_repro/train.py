@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WORK', 'SAVE_EVERY', 'Seen', 'Length', 'Work', 'Plan', 'ledger', 'plan', 'process', 'losses', 'gradients', 'evaluate',
            'always_open', 'optimiser', 'processes', 'SyncedBatchNorm', 'compiled', 'State', 'Trainee', 'begin', 'step',
-           'stepper', 'fit', 'record', 'fate_table', 'trainee', 'train_together', 'train', 'sweep', 'main']
+           'stepper', 'fit', 'record', 'fate_table', 'device_of', 'trainee', 'train_together', 'train', 'groups',
+           'sweep', 'main']
 
 # %% ../nbs/03a_train.ipynb #0622acaf
 import argparse
@@ -601,7 +602,7 @@ def stepper(
     trainees: list[Trainee],
     captured: bool | None = None,  # None: where it can be
 ) -> Callable:  # without arguments
-    "A function that takes one step of each run, after `begin`."
+    "A function that takes one step of each run. Made before `begin`: capturing draws random numbers."
     if captured or (captured is None and all(map(_can_be_captured, trainees))):
         return _captured(trainees)
 
@@ -787,7 +788,9 @@ def _write(t: Trainee, made: dict) -> None:
     (run.folder/"checkpoint.pt").unlink(missing_ok=True)
 
 # %% ../nbs/03a_train.ipynb #8c10dbb5
-def _device(run: Run) -> str:
+def device_of(
+    run: Run,
+) -> str:  # as in torch.device
     "Where a run is trained; on a GPU, in full precision and with the fastest algorithms."
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
@@ -799,7 +802,7 @@ def trainee(
     quiet: bool = True,  # as in train
 ) -> Trainee:
     "A run where it stopped, or at its start."
-    found, device, (rank, world) = _resume(run), _device(run), process()
+    found, device, (rank, world) = _resume(run), device_of(run), process()
     if run.batch_size % world:
         raise ValueError(f"batch_size={run.batch_size}: {world} processes must share it equally")
     splits = run.work.read(run, device)
@@ -822,7 +825,7 @@ def train_together(
 ) -> list[dict | None]:  # their records, also in metrics.json; None for a run that stopped before its end
     "Train runs side by side, each from where it stopped."
     trainees, saved = [trainee(run, quiet) for run in study if not run.record()], time.monotonic()
-    (rank, world), made = process(), core.environment(_device(study[0]))
+    (rank, world), made = process(), core.environment(device_of(study[0]))
     made |= {"processes": world} if world > 1 else {}
     made |= {"runs_at_once": len(trainees)} if len(trainees) > 1 else {}
     for t in trainees if rank == 0 else ():
@@ -937,16 +940,17 @@ def _alike(run: Run) -> str:
     return str(own | {name: value for name, value in run.identity.items() if name not in free})
 
 
-def _groups(
+def groups(
     study: list[Run],
     runs_at_once: int,
 ) -> list[list[Run]]:
-    "Runs that train together, in the order in which the first of each kind comes."
+    "Runs that train together, in the order in which the first of each group comes."
     kinds = {}
     for run in study:
         kinds.setdefault(_alike(run), []).append(run)
     starts = range(0, len(study), runs_at_once)
-    return [kind[i:i + runs_at_once] for kind in kinds.values() for i in starts if i < len(kind)]
+    parts = [kind[i:i + runs_at_once] for kind in kinds.values() for i in starts if i < len(kind)]
+    return sorted(parts, key=lambda group: study.index(group[0]))
 
 # %% ../nbs/03a_train.ipynb #e0b607b4
 def sweep(
@@ -961,12 +965,12 @@ def sweep(
         return [run.record() for run in study]
     if runs_at_once < 1:
         raise ValueError(f"runs_at_once={runs_at_once}: must be 1 or more")
-    if jobs not in (1, None) and any(_device(run) != "cpu" for run in study):
+    if jobs not in (1, None) and any(device_of(run) != "cpu" for run in study):
         raise ValueError(f"jobs={jobs}: processes only take turns on a GPU: use runs_at_once={jobs} instead")
     starts = dict.fromkeys(run.replace(method="plain") for run in study if run.has("start"))
     with _watching(study):
-        _together(_groups(list(starts), runs_at_once), jobs, quiet, deadline)
-        records = _together(_groups(study, runs_at_once), jobs, quiet, deadline)
+        _together(groups(list(starts), runs_at_once), jobs, quiet, deadline)
+        records = _together(groups(study, runs_at_once), jobs, quiet, deadline)
     failed = [(run, error) for run, error in records.items() if isinstance(error, Exception)]
     if failed:
         run, error = failed[0]

@@ -86,12 +86,6 @@ def _clocked(step: Callable) -> float:
     return time.perf_counter() - began
 
 
-def _exact() -> None:
-    "Float32 means float32 from here on."
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 # What needs neither the training loop nor Triton
 
 
@@ -142,7 +136,7 @@ def _settled(model: nn.Module) -> nn.Module:
 def network(device: str) -> Iterator[Result]:
     "A gated network's outputs and the gradient of both losses against float64 on the CPU."
     from bas_repro.inference import force, random_masks
-    _exact()
+    train.device_of(Run())  # float32 means float32 from here on
     n, size, depth = (8, 8, 8) if device == "cpu" else (64, 32, 20)
     model = _settled(resnet.cifar_resnet(depth, gated=True))
     x = torch.randn(n, 3, size, size, generator=core.generator(0, "pictures"))
@@ -174,31 +168,64 @@ def loss_speed(device: str) -> Iterator[Result]:
 
 def triton(device: str) -> Iterator[Result]:
     "The Triton kernel in float32 against the masked network."
-    from bas_repro.inference import random_masks
     from benchmarks import triton_kernel
-    _exact()
     small = device == "cpu"
     model = _settled(resnet.cifar_resnet(8, gated=True) if small else resnet.resnet34(gated=True)).to(device)
     n, size = (2, 8) if small else (8, 224)
     x = torch.randn(n, 3, size, size, generator=core.generator(0, "pictures")).to(device)
     for share in (0.0, 0.45, 1.0):
-        error = triton_kernel.check(model, x, random_masks(model, n, share))
+        error = triton_kernel.network_check(model, x, share)
         yield below(f"Triton, {share:.0%} open, against the masked network", error, 1e-4)
+
+
+def triton_layers(device: str) -> Iterator[Result]:
+    "A layer in the Triton kernel against a dense convolution: its numbers, and its time."
+    from benchmarks import triton_kernel
+    small = device == "cpu"
+    dtype = torch.float32 if small else torch.bfloat16
+    for channels, pixels in ((16, 4),) if small else triton_kernel.LAYERS:
+        for share in (1.0, 0.45):
+            found = triton_kernel.layer_check(channels, pixels, 2 if small else 128, share, device, dtype)
+            name = f"Triton, layer of {channels} at {pixels}, {share:.0%} open"
+            yield below(name, found["error"], 1e-4 if small else 2e-2)
+            if not small:
+                ms = [found[f"{kind}_ms"] for kind in ("first", "last", "dense")]
+                words = "first {:.3f} ms, last {:.3f}, dense {:.3f}".format(*ms)
+                yield Result(f"{name}, time", None, words, found)
+
+
+def triton_network(device: str) -> Iterator[Result]:
+    "ResNet-34 in the Triton kernel against the dense network: what Table 1 has."
+    from benchmarks import triton_kernel
+    if device == "cpu":
+        yield skipped("Triton, ResNet-34 against dense", "CUDA")
+        return
+    rows = triton_kernel.network_times("resnet34", 128, 224, torch.bfloat16, tuple(triton_kernel.GOALS))
+    dense = [row for row in rows if row["engine"].startswith("dense")]
+    best = min(row["ms"] for row in dense)
+    words = ", ".join(f"{row['engine']} {row['ms']:.3f} ms" for row in dense)
+    about = {"model": "ResNet34", "batch": 128}
+    yield Result("ResNet-34, dense bf16", None, words, {}, [about | row for row in dense])
+    for share, goal in triton_kernel.GOALS.items():
+        ours = [row for row in rows if row["share"] == share and row not in dense]
+        row = min(ours, key=lambda row: row["ms"])
+        name = f"Triton, {row['macs']:.3f} of the MACs, of the best dense"
+        result = below(name, row["ms"] / best, goal, "{:.3f}")
+        entry = {"model": "ResNet34-BAS", "batch": 128, **row, "engine": "triton"}
+        yield result._replace(figure=f"{result.figure}, {row['engine']}", table=[entry])
 
 
 # The training loop: train.Trainee, train.stepper
 
 
 def _trainees(method: str, count: int, device: str, splits: data.Splits, **settings) -> list:
-    "Runs of one structure with other seeds, ready for a step."
+    "Runs of one structure with other seeds."
     found = []
     for seed in range(count):
         run = Run(method=method, seed=seed, device=device, schedule="linear", **settings)
         model = run.work.build(run, len(splits.classes), None)
-        model = model.to(device, memory_format=torch.channels_last)
-        trainee = train.Trainee(run, model, splits)
-        train.begin(trainee)
-        found.append(trainee)
+        model = model.to(train.device_of(run), memory_format=torch.channels_last)
+        found.append(train.Trainee(run, model, splits))
     return found
 
 
@@ -212,8 +239,10 @@ def _digits(device: str) -> tuple[data.Splits, dict]:
 
 
 def _sums(step: Callable, trainees: list, steps: int) -> torch.Tensor:  # (steps, trainees, 5)
-    "The summed losses after each of some steps."
+    "The summed losses after each of the first steps of an epoch."
     found = []
+    for trainee in trainees:
+        train.begin(trainee)
     for _ in range(steps):
         step()
         found.append(torch.stack([trainee.sums.clone() for trainee in trainees]))
@@ -222,7 +251,6 @@ def _sums(step: Callable, trainees: list, steps: int) -> torch.Tensor:  # (steps
 
 def captured(device: str) -> Iterator[Result]:
     "One step captured in a graph, two runs at once, against each run alone and eager."
-    _exact()
     splits, settings = _digits(device)
     together = _trainees("bas", 2, device, splits, **settings)
     found = _sums(train.stepper(together, captured=device != "cpu"), together, 5)
@@ -260,7 +288,6 @@ def falls(device: str) -> Iterator[Result]:
     trainees = _trainees("bas", 1, device, splits, **settings | {"epochs": 3})
     step, means = train.stepper(trainees, captured=device != "cpu"), []
     for _ in range(5):
-        train.begin(trainees[0])
         means.append(_sums(step, trainees, 10)[-1, 0, 0].item() / 10)
     first, last = means[0], means[-1]
     figure = f"{first:.3f} in ten steps at first, {last:.3f} in the last ten of 50 (goal ≤ 0.8 of it)"
@@ -272,7 +299,7 @@ def _noise_pictures(device: str, size: int, n: int) -> data.Splits:
     x = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=core.generator(0, "x"))
     images = data.Images(x, torch.arange(n) % 10).to(device)
     few = images.part(slice(10))
-    return data.Splits(images, few, few, tuple("0123456789"), size, "shift")
+    return data.Splits(images, few, few, tuple("0123456789"), size, "crop")
 
 
 def _images_per_second(method: str, count: int, device: str) -> float:
@@ -284,6 +311,8 @@ def _images_per_second(method: str, count: int, device: str) -> float:
     precision = "fp32" if small else "bf16"
     trainees = _trainees(method, count, device, splits, **settings, precision=precision, epochs=20)
     step = train.stepper(trainees, captured=not small)
+    for trainee in trainees:
+        train.begin(trainee)
     for _ in range(3):
         step()
     if small:
@@ -325,7 +354,6 @@ def speed_losses(device: str) -> Iterator[Result]:
     yield from _speed("gated with losses", "bas", SPEED, device)
 
 
-OF_TRAINING = (captured, no_waiting, falls, speed_losses, speed_plain, speed_gated)
 CHECKS = tuple(Check(*one) for one in (
     ("versions", versions, 30),
     ("loss", loss, 30),
@@ -336,6 +364,8 @@ CHECKS = tuple(Check(*one) for one in (
     ("triton", triton, 60),
     ("speed_losses", speed_losses, 90),
     ("loss_speed", loss_speed, 40),
+    ("triton_layers", triton_layers, 60),
+    ("triton_network", triton_network, 120),
     ("speed_plain", speed_plain, 60),
     ("speed_gated", speed_gated, 60),
 ))
@@ -344,9 +374,6 @@ CHECKS = tuple(Check(*one) for one in (
 def carry_out(number: int, device: str, left: Callable) -> None:
     "Carry out a check in this process; `left(results)` is called whenever there is one more."
     check, found, began = CHECKS[number], [], time.monotonic()
-    if check.function in OF_TRAINING and not hasattr(train, "stepper"):
-        left([skipped(check.name, "train.stepper")._asdict() | {"seconds": 0.0}])
-        return
     for result in check.function(device):
         found.append(result._asdict() | {"seconds": time.monotonic() - began})
         began = time.monotonic()

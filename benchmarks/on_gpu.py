@@ -9,6 +9,10 @@ Every check is a process of its own with a limit of its own: a hang or a crash n
 trained in the order of the presets, R of one structure at once, with a checkpoint every ten seconds; every
 minute what they left is packed into the output folder (gpu_packing.py says how). `unpack` takes it up at
 home, `--resume` in the next visit. The tree over there has no .git: give BAS_COMMIT=$(git rev-parse HEAD).
+CIFAR-10 travels as data/cifar10.tar.xz, which git ignores, and is unpacked there, into memory:
+
+    mkdir /dev/shm/data && tar xf data/cifar10.tar.xz -C /dev/shm/data && BAS_DATA=/dev/shm/data \\
+    BAS_COMMIT=… python3 benchmarks/on_gpu.py params/04_cifar10/length-100.yaml
 """
 import argparse
 import multiprocessing
@@ -195,30 +199,6 @@ def queue_of(presets: list[str]) -> list[runs.Run]:
     return list(dict.fromkeys(run for path in presets for run in runs.preset(path).runs))
 
 
-DIALS = ("seed", "gamma", "lam", "target_macs")  # these may differ in a group
-
-
-def groups_of(queue: list[runs.Run], at_once: int) -> list[list[runs.Run]]:
-    "Runs of one structure and length in groups, in the order of each group's first."
-    alike = {}
-    for run in queue:
-        key = tuple((name, value) for name, value in run.settings.items() if name not in DIALS)
-        alike.setdefault(key, []).append(run)
-    groups = [one[i:i + at_once] for one in alike.values() for i in range(0, len(one), at_once)]
-    return sorted(groups, key=lambda group: queue.index(group[0]))
-
-
-def sweep(group: list[runs.Run], end: float) -> None:
-    "Train a group until a moment of time.monotonic(); its runs stop at the end of an epoch."
-    if hasattr(train, "stepper"):
-        train.sweep(group, runs_at_once=len(group), deadline=end)
-        return
-    for run in group:
-        for epoch in range(round(run.progress() * run.epochs), run.epochs):
-            if time.monotonic() < end:
-                train.train(run, until=epoch + 1)
-
-
 def _train(groups: list, at, end: float, visit: Visit, root: Path) -> None:
     "In a child: train group after group, from number `at` on; an error of a run's own ends its group alone."
     _enter(visit, root)
@@ -228,7 +208,7 @@ def _train(groups: list, at, end: float, visit: Visit, root: Path) -> None:
         if time.monotonic() >= end:
             break
         try:
-            sweep(groups[number], end)
+            train.sweep(groups[number], runs_at_once=len(groups[number]), deadline=end)
         except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
             if "CUDA error" in str(error):
                 raise  # nothing more can be computed in this process
@@ -262,7 +242,7 @@ def _follow(process, visit: Visit, packer: gpu_packing.Packer) -> None:
 def stage_b(visit: Visit, queue: list[runs.Run], at_once: int) -> bool:
     "Train until the deadline and pack. Whether all went well."
     packer = gpu_packing.Packer(queue, visit.out)
-    groups, end = groups_of(packer.queue, at_once), visit.end - PACKING
+    groups, end = train.groups(packer.queue, at_once), visit.end - PACKING
     before = {run.name: run.progress() for run in packer.queue}
     at, code = PROCESSES.Value("i", 0), 0
     while at.value < len(groups) and time.monotonic() < end:

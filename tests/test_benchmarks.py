@@ -16,7 +16,8 @@ SMALLEST = {
     "data_path.py": ("tree --size 32 --workers 0 --images 96 --rounds 1", "pixels: 32"),
     "segmentation_memory.py": ("--backbone resnet18 --crop 32 32 --steps 1", "resnet18 shaping, 6 pictures"),
     "training_step.py": ("--rounds 1 --batch 8 --model resnet8 --threads 1", "gated, batch-shaping, L0"),
-    "triton_kernel.py": ("--interpret", "relative error"),
+    "shrink.py": ("tree small.tar --pixels 24", "MB"),
+    "triton_kernel.py": ("", "relative error"),
 }
 
 
@@ -35,7 +36,8 @@ def test_the_smallest_form_runs(script, folder):
     words, says = SMALLEST.get(script, ("--help", "usage"))
     command = [sys.executable, str(ROOT / "benchmarks" / script), *words.split()]
     own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-           "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than all else
+           "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than all else
+           "TRITON_INTERPRET": "1"}
     options = {"capture_output": True, "text": True, "timeout": 300}
     ran = subprocess.run(command, cwd=folder, env=os.environ | own, **options)
     assert ran.returncode == 0, ran.stderr[-2000:]

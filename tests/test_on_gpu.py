@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bas_repro import core, runs
+from bas_repro import core, runs, train
 from benchmarks import gpu_packing, on_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_groups():
     "Runs of one structure, in the order of the queue."
     queue = [runs.Run(**SETTINGS, method=method, seed=seed, epochs=epochs)
              for epochs in (2, 3) for seed in range(3) for method in ("plain", "bas")]
-    groups = on_gpu.groups_of(queue, 2)
+    groups = train.groups(queue, 2)
     assert sum(groups, []) != queue and sorted(map(queue.index, sum(groups, []))) == list(range(len(queue)))
     assert [len(group) for group in groups] == [2, 2, 1, 1, 2, 2, 1, 1]
     assert all(len({(run.method.name, run.epochs) for run in group}) == 1 for group in groups)
