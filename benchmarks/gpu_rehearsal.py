@@ -1,5 +1,5 @@
 """The rehearsal of on_gpu.py on the CPU: the checks in small, a visit that cuts a run in two, a second visit
-that finishes it on another machine, and what came back taken up at home, against runs without interruption."""
+that finishes it on another machine, and what came back taken up at home, against runs not interrupted."""
 import os
 import shutil
 import tempfile
