@@ -158,8 +158,7 @@ def aig_loss(
     "ConvNet-AIG's target-rate loss: the mean over layers of (target - share of the batch that executes)²."
     given = [targets] * len(gates) if isinstance(targets, (int, float)) else targets
     rates = _block_rates([t for t in given if t < 1], len(gates))
-    shares = torch.stack([gate.value.mean() for gate in gates])
-    return c * (shares.new_tensor(rates) - shares).square().mean()
+    return c * torch.stack([(rate - gate.value.mean()).square() for rate, gate in zip(rates, gates)]).mean()
 
 # %% ../nbs/02d_baselines.ipynb #1caffa12
 def _decide(logits: torch.Tensor, sample: bool, u: torch.Tensor | None = None) -> Gate:

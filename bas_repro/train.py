@@ -298,11 +298,12 @@ def evaluate(
     images,  # data.Images or data.Files, on the model's device
     size: int,  # pixels a side that the network sees
     precision: str = "fp32",  # fp32, or bf16 autocast
-    batch_size: int = 500,
+    batch_size: int | None = None,  # None: 500, on a GPU 2,500
     costs: list | None = None,  # of macs.gate_costs at that size; None: made here
 ) -> Seen:
     "What a network that classifies makes of each image, in evaluation mode."
     costs = costs or macs.gate_costs(model, (3, size, size))
+    batch_size = batch_size or (2500 if torch.device(images.device).type == "cuda" else 500)
     parts = []
     with macs.evaluating(model):
         for x, y in data.batches(images, torch.arange(len(images)).split(batch_size)):
@@ -650,8 +651,8 @@ def _epoch(
 ) -> None:
     "Train for one epoch of each run."
     began = time.monotonic()
-    [rates, *_] = every = [begin(t) for t in trainees]
-    for i in range(len(rates)):
+    every = [begin(t) for t in trainees]
+    for i in range(len(every[0])):
         for t in trainees:
             t.run.method.prepare(t.model, t.run, t.moments[i])
         take()
