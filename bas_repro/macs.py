@@ -180,10 +180,9 @@ def budget_loss(
     if not 0 < target <= 1:
         raise ValueError(f"target={target}: a budget is a share of the dense MACs, above 0 and at most 1")
     sure = [Gate(g.logits, straight_through(g.logits, torch.zeros_like(g.logits), 1.0)) for g in gates]
-    parts = [layer_macs(cost, sure) for cost in costs]
-    fixed = sum(part for part in parts if isinstance(part, int))
-    moving = torch.stack([part.mean() for part in parts if not isinstance(part, int)])
-    return (moving.sum() / dense + fixed / dense - target) ** 2
+    zero = gates[0].logits.new_zeros(())  # with it, what is fixed is on the gates' device, too
+    share = sum((zero + layer_macs(cost, sure)).float().mean() / dense for cost in costs)
+    return (share - target) ** 2
 
 # %% ../nbs/02c_macs.ipynb #caccac71
 def ledger(
