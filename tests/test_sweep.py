@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from bas_repro import core, runs, train
 
@@ -113,3 +114,16 @@ def test_dask_that_is_not_there(checkout, monkeypatch):
     monkeypatch.setattr(distributed, "Client", lambda address, timeout: client(address, timeout=1))
     with pytest.raises(SystemExit, match="error: .*127.0.0.1:9"):
         train.main([PRESET, "--dask", "tcp://127.0.0.1:9"])
+
+
+def test_runs_that_differ_in_seed_and_strengths_share_a_compiled_graph():
+    "A new graph for each run, or for λ and γ given as numbers, would eat the minutes that a GPU is lent."
+    settings = {"model": "resnet8", "batch_size": 256, "epochs": 1, "compile": "yes", "device": "cpu"}
+    three = [runs.Run(**settings), runs.Run(**settings, seed=1, gamma=1.0), runs.Run(**settings, seed=2, lam=0.1)]
+    counters.clear()
+    splits = three[0].work.read(three[0], "cpu")
+    found = train.fit([train.Trainee(run, run.work.build(run, 10), splits) for run in three])
+    assert counters["stats"]["unique_graphs"] == 1
+    [alone] = train.fit([train.Trainee(three[1], three[1].work.build(three[1], 10), splits)])
+    assert alone.log[-1]["loss_task"] == found[1].log[-1]["loss_task"]  # to the bit, beside others or not
+    assert counters["stats"]["unique_graphs"] == 1
