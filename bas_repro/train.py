@@ -529,7 +529,7 @@ def begin(
     t.rates[:len(rates)].copy_(torch.tensor(rates))
     t.feed.begin(epoch)
     seed = core.stream(t.run.seed, "noise", epoch, *((rank,) if rank else ()))
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # for dropout
     t.random.manual_seed(seed)
     t.step.zero_()
     t.sums.zero_()

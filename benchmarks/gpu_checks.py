@@ -169,6 +169,9 @@ def loss_speed(device: str) -> Iterator[Result]:
 def triton(device: str) -> Iterator[Result]:
     "The Triton kernel in float32 against the masked network."
     from benchmarks import triton_kernel
+    if not triton_kernel.tk.available(device):
+        yield skipped("Triton against the masked network", "a Triton that runs here")
+        return
     small = device == "cpu"
     model = _settled(resnet.cifar_resnet(8, gated=True) if small else resnet.resnet34(gated=True)).to(device)
     n, size = (2, 8) if small else (8, 224)
@@ -181,6 +184,9 @@ def triton(device: str) -> Iterator[Result]:
 def triton_layers(device: str) -> Iterator[Result]:
     "A layer in the Triton kernel against a dense convolution: its numbers, and its time."
     from benchmarks import triton_kernel
+    if not triton_kernel.tk.available(device):
+        yield skipped("Triton, layers", "a Triton that runs here")
+        return
     small = device == "cpu"
     dtype = torch.float32 if small else torch.bfloat16
     for channels, pixels in ((16, 4),) if small else triton_kernel.LAYERS:
