@@ -15,6 +15,7 @@ from torch import nn
 from bas_repro import core, data, gates, macs, methods, resnet, train
 from bas_repro.batch_shaping import batch_shaping_loss
 from bas_repro.runs import Run
+from benchmarks import triton_kernel
 
 CLOSE = 1e-5  # relative error of float32
 CLOSE_GRADIENT = 1e-3  # of a gradient through a whole network
@@ -63,11 +64,13 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def milliseconds(step: Callable, device: str, repeats: int = 50) -> float:
     "Median time of a step: of a CUDA graph's replays by events, or by the clock on the CPU."
-    for _ in range(3):
-        step()
     if device == "cpu":
         return statistics.median(_clocked(step) for _ in range(repeats)) * 1e3
-    graph = torch.cuda.CUDAGraph()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles; the default stream must not be known to what is captured
+            step()
+    torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         step()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
@@ -123,22 +126,13 @@ def _slope(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[torch.Ten
     return [out, torch.cat([slope.flatten() for slope in slopes])]
 
 
-def _settled(model: nn.Module) -> nn.Module:
-    "A network in evaluation mode, its batch norms as if trained."
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return model.eval()
-
-
 def network(device: str) -> Iterator[Result]:
     "A gated network's outputs and the gradient of both losses against float64 on the CPU."
     from bas_repro.inference import force, random_masks
     train.device_of(Run())  # float32 means float32 from here on
     n, size, depth = (8, 8, 8) if device == "cpu" else (64, 32, 20)
-    model = _settled(resnet.cifar_resnet(depth, gated=True))
+    torch.manual_seed(0)
+    model = triton_kernel.settled(resnet.cifar_resnet(depth, gated=True), "cpu")
     x = torch.randn(n, 3, size, size, generator=core.generator(0, "pictures"))
     y = torch.arange(n) % 10
     masks = random_masks(model, n, 0.5)
@@ -168,12 +162,13 @@ def loss_speed(device: str) -> Iterator[Result]:
 
 def triton(device: str) -> Iterator[Result]:
     "The Triton kernel in float32 against the masked network."
-    from benchmarks import triton_kernel
     if not triton_kernel.tk.available(device):
         yield skipped("Triton against the masked network", "a Triton that runs here")
         return
     small = device == "cpu"
-    model = _settled(resnet.cifar_resnet(8, gated=True) if small else resnet.resnet34(gated=True)).to(device)
+    torch.manual_seed(0)
+    model = resnet.cifar_resnet(8, gated=True) if small else resnet.resnet34(gated=True)
+    model = triton_kernel.settled(model, device)
     n, size = (2, 8) if small else (8, 224)
     x = torch.randn(n, 3, size, size, generator=core.generator(0, "pictures")).to(device)
     for share in (0.0, 0.45, 1.0):
@@ -183,7 +178,6 @@ def triton(device: str) -> Iterator[Result]:
 
 def triton_layers(device: str) -> Iterator[Result]:
     "A layer in the Triton kernel against a dense convolution: its numbers, and its time."
-    from benchmarks import triton_kernel
     if not triton_kernel.tk.available(device):
         yield skipped("Triton, layers", "a Triton that runs here")
         return
@@ -202,7 +196,6 @@ def triton_layers(device: str) -> Iterator[Result]:
 
 def triton_network(device: str) -> Iterator[Result]:
     "ResNet-34 in the Triton kernel against the dense network: what Table 1 has."
-    from benchmarks import triton_kernel
     if device == "cpu":
         yield skipped("Triton, ResNet-34 against dense", "CUDA")
         return
