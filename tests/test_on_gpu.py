@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from bas_repro import core, runs, train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import gpu_packing, on_gpu
 
 ROOT = Path(__file__).parents[1]
