@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .resnet import GatedBasicBlock, GatedBottleneck
+from .resnet import GatedBasicBlock, GatedBottleneck, blocks_of
 
 try:
     import triton
@@ -551,9 +551,8 @@ class Network(nn.Module):
         split_from: int = 256,  # of the narrowest basic block that is split where `rates` allow it, channels
     ):
         super().__init__()
-        stages = [stage for name, stage in model.named_children() if name.startswith("layer")]
         rates, self.blocks = iter(rates or []), []
-        for block in [block for stage in stages for block in stage]:
+        for block in blocks_of(model):
             known = list(islice(rates, len(block.gated)))
             self.blocks.append(pack(block, dtype, tile, torch.cat(known) if known else None, split_from))
         conv = fuse_conv_bn_eval(model.conv1, model.bn1).to(dtype, memory_format=torch.channels_last)
