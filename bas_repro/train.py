@@ -956,7 +956,7 @@ def groups(
 # %% ../nbs/03a_train.ipynb #e0b607b4
 def sweep(
     study: list[Run],  # of either task
-    jobs: int | None = 1,  # runs at a time, each in its own process if several; None: as joblib says; 0: none
+    jobs: int | None = 1,  # runs at a time, on a CPU each in its own process; None: as joblib says; 0: none
     quiet: bool = True,  # False: also print a line an epoch
     runs_at_once: int = 1,  # of a structure, stepped side by side in one process: what fills a GPU
     deadline: float = math.inf,  # stop after the epochs that end at this time.monotonic() or later
@@ -967,7 +967,7 @@ def sweep(
     if runs_at_once < 1:
         raise ValueError(f"runs_at_once={runs_at_once}: must be 1 or more")
     if jobs not in (1, None) and any(device_of(run) != "cpu" for run in study):
-        raise ValueError(f"jobs={jobs}: processes only take turns on a GPU: use runs_at_once={jobs} instead")
+        jobs, runs_at_once = 1, max(jobs, runs_at_once)  # processes would only take turns on a GPU
     starts = dict.fromkeys(run.replace(method="plain") for run in study if run.has("start"))
     with _watching(study):
         _together(groups(list(starts), runs_at_once), jobs, quiet, deadline)
