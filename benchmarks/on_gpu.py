@@ -9,8 +9,8 @@ Every check is a process of its own with a limit of its own: a hang or a crash n
 trained in the order of the presets, R of one structure at once, with a checkpoint every ten seconds; every
 minute what they left is packed into the output folder (gpu_packing.py says how). `unpack` takes it up at
 home, `--resume` in the next visit. The tree over there has no .git: give BAS_COMMIT=$(git rev-parse HEAD).
-CIFAR-10 travels as data/cifar10.tar.xz, a tree {train,test}/<class>/*, which git ignores and the tool carries;
-it is unpacked there, into memory:
+CIFAR-10 travels as data/cifar10.tar.xz, a tree {train,test}/<class>/*, which git ignores and the tool
+carries; it is unpacked there, into memory:
 
     mkdir -p /dev/shm/data/cifar10 && tar xf data/cifar10.tar.xz -C /dev/shm/data/cifar10 &&
     BAS_DATA=/dev/shm/data BAS_COMMIT=… python3 benchmarks/on_gpu.py params/04_cifar10/length-100.yaml
