@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'VERSION', 'available', 'lanes', 'bf16', 'Step', 'Unserved', 'Program', 'fingerprint', 'program_of',
-           'Executor', 'executor', 'save', 'load']
+           'Executor', 'amx', 'executor', 'save', 'load']
 
-# %% ../nbs/02e_native.ipynb #e6331d60
+# %% ../nbs/02e_native.ipynb #face26f5
 import copy
 import ctypes
 import functools
@@ -115,7 +115,8 @@ def _pack_all(w: torch.Tensor, lanes: int, pair: int, joined: bool) -> torch.Ten
     pieces = rows.flatten(2) if joined else rows.flatten(1, 2)
     words = F.pad(pieces, (0, -pieces.shape[2] % pair)).flatten(1).unflatten(1, (-1, pair))
     words = F.pad(words, (0, 0, 0, 0, 0, -len(w) % lanes))
-    return torch.cat([block.transpose(0, 1).flatten() for block in words.split(2 * lanes)])
+    panels = [block.transpose(0, 1).flatten() for block in words.split(2 * lanes)]
+    return torch.cat([*panels, w.new_zeros(2 * lanes * lanes * pair)])  # AMX may read past the last one
 
 # %% ../nbs/02e_native.ipynb #8e22f550
 def _pack_inputs(w: torch.Tensor, lanes: int, pair: int) -> torch.Tensor:
@@ -463,7 +464,7 @@ class Executor(nn.Module):
         "Compute what the gates ask for."
         x = _checked(x, self.program.channels(0))
         with self._lock:
-            scores, logits, opened = _run(self.program, self._plans, x, _forced(self, len(x)))
+            scores, logits, opened = _run(self.program, self._plans, x, _forced(self, len(x)), _unit(self.program))
         if self.program.segments:
             scores = {"out": F.interpolate(scores, x.shape[2:], mode="bilinear", align_corners=False)}
         else:
@@ -518,6 +519,7 @@ def _run(
     plans: dict,  # the last few plans by size; gets a new one
     x: torch.Tensor,  # (N, C, H, W)
     forced: torch.Tensor | None,  # (N, channels of all gates) uint8
+    unit: int,  # 0: float32; 1: bfloat16 by AVX-512; 2: by AMX
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # scores (N, C, H, W), gates' logits, open channels
     "Call the kernel."
     key = *x.shape[2:], torch.get_num_threads()
@@ -535,10 +537,34 @@ def _run(
         scores.data_ptr(), logits.data_ptr(), opened.data_ptr(),
         workspace.data_ptr(), size, last.h * last.w * last.c,
     )
-    bad = _kernel().bas_run(program.lanes, int(program.pair == 2), key[-1], ctypes.byref(call))
+    bad = _kernel().bas_run(program.lanes, unit, key[-1], ctypes.byref(call))
     if bad >= 0:
         raise ValueError(f"image {bad} of the batch holds numbers that are not finite")
     return scores[..., : program.channels(-1)].permute(0, 3, 1, 2), logits, opened
+
+# %% ../nbs/02e_native.ipynb #45af1e52
+def _unit(program: Program) -> int:
+    "0: in float32; 1: in bfloat16 by AVX-512; 2: by AMX."
+    if program.pair == 1:
+        return 0
+    return 2 if amx() else 1
+
+@functools.cache
+def amx() -> bool:
+    "Whether this processor has AMX and it computes what AVX-512 computes."
+    if not _kernel().bas_amx():
+        return False
+    program = Program(16, "bfloat16")
+    x = program.add("input", -1, outputs=3)
+    x = _convolution(program, x, nn.Conv2d(3, 50, 3, padding=1), relu=True)
+    _convolution(program, x, nn.Conv2d(50, 40, 3), scores=True)
+    image, found = torch.randn(1, 3, 11, 9), []
+    for unit in (1, 2):
+        found.append(_run(program, {}, image, None, unit)[0])
+    if (found[0] - found[1]).norm() < 1e-2 * found[0].norm():
+        return True
+    warnings.warn("AMX computes otherwise than AVX-512 here, so AVX-512 serves; please report this")
+    return False
 
 # %% ../nbs/02e_native.ipynb #f38fbd36
 def executor(

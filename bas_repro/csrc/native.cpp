@@ -10,7 +10,12 @@
 #include <omp.h>
 #endif
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -140,6 +145,15 @@ BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,avx2,fma")
 #define NAME bf16
 #define BF16
 #include "tiles.h"
+#undef NAME
+#undef PIXELS
+END
+#include "amx.h"
+BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,avx2,fma" AMX_NAMES)
+#define NAME amx
+#define AMX
+#define PIXELS 32
+#include "tiles.h"
 END
 #endif
 
@@ -165,13 +179,21 @@ int bas_bf16() {
 #endif
 }
 
-// Runs a batch; gives the first image that is not finite, or -1. Images go to one thread each; those that are
-// left when every thread has had as many are shared by all.
-int bas_run(int lanes, int half, int threads, const Call* call) {
+int bas_amx() {
+#ifdef __x86_64__
+    return bas_bf16() && has_amx();
+#else
+    return 0;
+#endif
+}
+
+// unit: 0 float, 1 bfloat16, 2 bfloat16 with AMX. Gives the first image that is not finite, or -1.
+// Images go to one thread each; those that are left when every thread has had as many are shared by all.
+int bas_run(int lanes, int unit, int threads, const Call* call) {
     auto run = plain::run;
 #ifdef __x86_64__
     if (lanes == 8) run = avx2::run;
-    if (lanes == 16) run = half ? bf16::run : avx512::run;
+    if (lanes == 16) run = unit == 2 ? amx::run : unit ? bf16::run : avx512::run;
 #endif
     int bad = call->images;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : bad)

@@ -109,23 +109,26 @@ const Value* block_of(const Layer& l, const Window& s, int block) {  // where no
     return (const Value*)l.w + block * numbers * BLOCK;
 }
 
+// A panel is followed by LANES rows of zeros, or of other panels.
 const float* panel_of(const Layer& l, const Window& s, int block, int vectors) {
     if (!s.in && !s.out) return (const float*)block_of(l, s, block);
     const int length = s.length(), full = up(length, LANES);
-    float* panel = Scratch::need(scratch.panel, int64_t(full) * BLOCK);
+    float *panel = Scratch::need(scratch.panel, int64_t(full + LANES) * BLOCK), *end = panel + length * vectors * LANES;
     if (!s.out) {
         pack_columns(block_of(l, s, block), s, up(l.inputs, PAIR), vectors, panel);
+        std::fill(end, end + LANES * vectors * LANES, 0.f);
         return panel;
     }
     float* picked = s.in ? Scratch::need(scratch.rows, int64_t(full) * BLOCK + LANES) : nullptr;
     const float* rows[BLOCK];
-    for (int i = 0; i < vectors * LANES; i++) {
+    for (int i = 0; i < vectors * LANES; i++) {  // past the last output, the last one again
         const int output = s.out[std::min(block * BLOCK + i, s.outputs - 1)];
         const Value* row = (const Value*)l.w + output * row_size(l);
         if (s.in) pick_inputs(row, s, up(l.inputs, PAIR), (Value*)(picked + int64_t(i) * full));
         rows[i] = s.in ? picked + int64_t(i) * full : (const float*)row;
     }
     pack_rows(rows, length, vectors, panel);
+    std::fill(end, end + LANES * vectors * LANES, 0.f);
     return panel;
 }
 
@@ -142,10 +145,47 @@ Ahead ahead_of(const Layer& l, const Window& s, int block) {
 
 // ---- convolution --------------------------------------------------------------------------------------------------
 
+#ifdef AMX
+// Two tiles of 16 pixels and two of 16 outputs, four of sums; sums (pixels, vectors * LANES). Pixels are gathered,
+// 16 words of each at a time; where a piece of a window ends earlier, zeros meet the weights of the next.
+void tile(int pixels, int vectors, const Window& s, const Value* x, const int64_t* at, const float* panel,
+          const float* bias, float* sums, Ahead& ahead, int lines) {
+    alignas(64) int32_t words[PIXELS][LANES] = {};
+    const int step = vectors * LANES, stride = step * 4;
+    const bool right = vectors == 2, below = pixels > LANES;
+    for (int p = 0; p < PIXELS; p++) std::memcpy(sums + p * step, bias, stride);
+    LOAD_TILE(0, sums, stride);
+    LOAD_TILE(1, sums + (right ? LANES : 0), stride);
+    LOAD_TILE(2, sums + LANES * step, stride);
+    LOAD_TILE(3, sums + LANES * step + (right ? LANES : 0), stride);
+    for (int l = 0; l < s.lines; l++)
+        for (int c = 0; c < s.cells; c++, panel += s.words * step)
+            for (int i = 0; i < s.words; i += LANES) {
+                const __mmask16 some = s.words - i < LANES ? (1 << (s.words - i)) - 1 : 0xffff;
+                const Value* from = x + l * s.line + c * s.cell + i * PAIR;
+                ahead.fetch(lines);
+                for (int p = 0; p < pixels; p++)
+                    _mm512_store_si512(words[p], _mm512_maskz_loadu_epi32(some, from + at[p]));
+                LOAD_TILE(4, words[0], LANES * 4);
+                LOAD_TILE(5, words[LANES], LANES * 4);
+                LOAD_TILE(6, panel + i * step, stride);
+                LOAD_TILE(7, panel + i * step + (right ? LANES : 0), stride);
+                ADD_PRODUCTS(0, 4, 6);
+                if (right) ADD_PRODUCTS(1, 4, 7);
+                if (below) ADD_PRODUCTS(2, 5, 6);
+                if (below && right) ADD_PRODUCTS(3, 5, 7);
+            }
+    if (right) STORE_TILE(1, sums + LANES, stride);
+    STORE_TILE(0, sums, stride);
+    if (below && right) STORE_TILE(3, sums + LANES * step + LANES, stride);
+    if (below) STORE_TILE(2, sums + LANES * step, stride);
+}
+#else
 // P pixels and V vectors of outputs; sums (P, V * LANES)
 template <int P, int V>
-inline __attribute__((always_inline)) void tile(const Window& s, const Value* x, const int64_t* at, const float* panel,
-                                                const float* bias, float* sums, Ahead& ahead, int lines) {
+inline __attribute__((always_inline)) void sum_tile(const Window& s, const Value* x, const int64_t* at,
+                                                    const float* panel, const float* bias, float* sums,
+                                                    Ahead& ahead, int lines) {
     Vec a[P][V];
     for (int p = 0; p < P; p++)
         for (int v = 0; v < V; v++) a[p][v] = load(bias + v * LANES);
@@ -167,9 +207,16 @@ inline __attribute__((always_inline)) void tile(const Window& s, const Value* x,
 }
 
 template <int P, int V, typename... A> inline __attribute__((always_inline)) void pick(int p, A&&... args) {
-    if (p == P) tile<P, V>(args...);
+    if (p == P) sum_tile<P, V>(args...);
     else if constexpr (P > 1) pick<P - 1, V>(p, args...);
 }
+
+void tile(int pixels, int vectors, const Window& s, const Value* x, const int64_t* at, const float* panel,
+          const float* bias, float* sums, Ahead& ahead, int lines) {
+    if (vectors == 2) pick<PIXELS, 2>(pixels, s, x, at, panel, bias, sums, ahead, lines);
+    else pick<PIXELS, 1>(pixels, s, x, at, panel, bias, sums, ahead, lines);
+}
+#endif
 
 void window_of(const Layer& l, Window& s) {
     s.in = l.ins < 0 ? nullptr : scratch.open[l.ins].data();
@@ -212,8 +259,7 @@ void one_tile(const Run& r, const Layer& l, const Window& s, int block, int from
     Pixel pixel(from, l.to.w);
     for (int p = 0; p < n; p++, pixel.next())
         at[p] = l.stride * (pixel.i * l.source.line() + int64_t(pixel.j) * l.source.c);
-    if (vectors == 2) pick<PIXELS, 2>(n, s, x, at, panel, bias, sums, ahead, lines);
-    else pick<PIXELS, 1>(n, s, x, at, panel, bias, sums, ahead, lines);
+    tile(n, vectors, s, x, at, panel, bias, sums, ahead, lines);
     pixel = Pixel(from, l.to.w);
     for (int p = 0; p < n; p++, pixel.next()) {
         const int64_t to = l.to.pixel(pixel.i, pixel.j), plus = l.plus.pixel(pixel.i, pixel.j);
@@ -380,6 +426,9 @@ void resize(const Run& r, const Layer& l) {  // bilinear, align_corners=False
 bool run(const Call& call, int image, int slot, int thread, int threads) {
     const Run r{call, image, thread, threads, (Value*)(call.workspace + slot * call.workspace_size)};
     bool finite = true;
+#ifdef AMX
+    CONFIGURE_TILES();
+#endif
     if (int(scratch.open.size()) < call.gate_count) scratch.open.resize(call.gate_count);
     for (int i = 0; i < call.layer_count; i++) {
         const Layer& l = call.layers[i];
@@ -394,6 +443,9 @@ bool run(const Call& call, int image, int slot, int thread, int threads) {
 #pragma omp barrier
         }
     }
+#ifdef AMX
+    RELEASE_TILES();
+#endif
     return finite;
 }
 
