@@ -507,7 +507,7 @@ def _executor(block: nn.Module, engine: str = "torch", dense_above: float | None
 def _can_run(engine: str, device: torch.device, dtype: torch.dtype) -> bool:
     "Whether an engine can run a network on this device, in this precision."
     if engine == "native":
-        return device.type == "cpu" and dtype == torch.float32 and native.available()  # its weights may be half
+        return device.type == "cpu" and dtype == torch.float32 and native.available()
     if engine == "triton":
         return dtype == torch.float32 and triton_kernel.available(device)
     return True
@@ -545,7 +545,7 @@ def _log_orders(model: nn.Module, log: list[Gate] | torch.Tensor) -> dict[str, l
             orders.setdefault(layer.block, []).append(_channel_order(value))
     return orders
 
-# %% ../nbs/03b_inference.ipynb #127be32d
+# %% ../nbs/03b_inference.ipynb #3e2c416b
 def _sliced_network(
     net: nn.Module,  # a copy, in evaluation mode; changed in place
     engine: str,  # "torch", "triton" or "masked"
@@ -564,7 +564,7 @@ def _sliced_network(
     net.conv1.relu, net.relu = True, nn.Identity()  # the stem's
     return net.eval().requires_grad_(False)
 
-# %% ../nbs/03b_inference.ipynb #d0ee1cdc
+# %% ../nbs/03b_inference.ipynb #2403af7b
 def _given(model: nn.Module) -> list[torch.Tensor] | None:
     "The values that force() gave to a network's gates, one (N, C) a gate; None: they decide themselves."
     values = []
@@ -575,7 +575,7 @@ def _given(model: nn.Module) -> list[torch.Tensor] | None:
         values += block.gating.value.split(widths, 1)
     return values or None
 
-# %% ../nbs/03b_inference.ipynb #9477ee52
+# %% ../nbs/03b_inference.ipynb #c606cddf
 def _native(
     net: nn.Module,  # a copy, in evaluation mode; changed
     orders: dict[str, list[torch.Tensor]],  # by block, the channels to keep, one list a gate

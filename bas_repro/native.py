@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'VERSION', 'available', 'lanes', 'bf16', 'Step', 'Unserved', 'Program', 'fingerprint', 'program_of',
-           'Executor', 'amx', 'executor', 'save', 'load']
+           'Executor', 'amx', 'executor', 'profile', 'save', 'load']
 
-# %% ../nbs/02e_native.ipynb #face26f5
+# %% ../nbs/02e_native.ipynb #8ebfca1a
 import copy
 import ctypes
 import functools
@@ -104,7 +104,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("layer_count", "images", "gate_count", "channels")),
         ("x", ctypes.c_void_p),
         ("strides", ctypes.c_int64 * 4),
-        *((name, ctypes.c_void_p) for name in ("forced", "scores", "logits", "open", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("forced", "scores", "logits", "open", "spent", "workspace")),
         *((name, ctypes.c_int64) for name in ("workspace_size", "scores_size")),
     ]
 
@@ -427,8 +427,8 @@ def _layers(program: Program, h: int, w: int) -> tuple[ctypes.Array, list[_Grid]
         for name, tensor in zip(("w", "b", "w2", "b2"), step.tensors):
             setattr(layer, name, tensor.data_ptr())
         following = steps[i + 1] if i + 1 < len(steps) else step
-        alike = following.source == step.source and following.plus != i and step.plus < 0 and following is not step
-        layer.wait = not (step.kind == "gate" or (alike and following.kind == "convolution"))
+        alike = following is not step and following.kind == "convolution" and following.source == step.source
+        layer.wait = not (step.kind == "gate" or (alike and following.plus != i and step.plus < 0))
     return layers, grids, size
 
 # %% ../nbs/02e_native.ipynb #3f0fdc1d
@@ -438,8 +438,8 @@ class Executor(nn.Module):
     def __init__(
         self,
         program: Program,
-        kept: list[torch.Tensor | None] | None = None,  # of each gate, the channels that it has left; None: all
-        widths: list[int] | None = None,  # channels of each gate in the whole network; None: as in the program
+        kept: list[torch.Tensor | None] | None = None,  # of each gate, the channels that are left; None: all
+        widths: list[int] | None = None,  # channels of each gate in the whole network; None: the program's
     ):
         super().__init__()
         self.program, self.kept = program, kept or [None] * len(program.widths)
@@ -456,6 +456,13 @@ class Executor(nn.Module):
         super().__setstate__(state)
         self._plans, self._lock = {}, threading.Lock()
 
+    def extra_repr(self) -> str:
+        "What was chosen: precision, and the instructions that multiply."
+        names = {4: "vectors of 4", 8: "AVX2", 16: "AVX-512"}
+        unit = {0: names[self.program.lanes], 1: "AVX-512 BF16", 2: "AMX"}[_unit(self.program)]
+        program = self.program
+        return f"{program.precision} by {unit}, {len(program.steps)} steps, {len(self.widths)} gates"
+
     def forward(
         self,
         x: torch.Tensor,  # (N, C, H, W) images, float32 on the CPU
@@ -463,8 +470,9 @@ class Executor(nn.Module):
     ):  # logits (N, num_classes) or {"out": (N, num_classes, H, W)}; with the gates (that, list of gates)
         "Compute what the gates ask for."
         x = _checked(x, self.program.channels(0))
+        program, forced = self.program, _forced(self, len(x))
         with self._lock:
-            scores, logits, opened = _run(self.program, self._plans, x, _forced(self, len(x)), _unit(self.program))
+            scores, logits, opened = _run(program, self._plans, x, forced, _unit(program))
         if self.program.segments:
             scores = {"out": F.interpolate(scores, x.shape[2:], mode="bilinear", align_corners=False)}
         else:
@@ -520,6 +528,7 @@ def _run(
     x: torch.Tensor,  # (N, C, H, W)
     forced: torch.Tensor | None,  # (N, channels of all gates) uint8
     unit: int,  # 0: float32; 1: bfloat16 by AVX-512; 2: by AMX
+    spent: torch.Tensor | None = None,  # (layers, 2) float64; gets milliseconds, in all and in making panels
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # scores (N, C, H, W), gates' logits, open channels
     "Call the kernel."
     key = *x.shape[2:], torch.get_num_threads()
@@ -534,7 +543,7 @@ def _run(
     call = _Call(
         ctypes.addressof(layers), len(layers), n, len(program.widths), channels,
         x.data_ptr(), (ctypes.c_int64 * 4)(*x.stride()), None if forced is None else forced.data_ptr(),
-        scores.data_ptr(), logits.data_ptr(), opened.data_ptr(),
+        scores.data_ptr(), logits.data_ptr(), opened.data_ptr(), None if spent is None else spent.data_ptr(),
         workspace.data_ptr(), size, last.h * last.w * last.c,
     )
     bad = _kernel().bas_run(program.lanes, unit, key[-1], ctypes.byref(call))
@@ -577,10 +586,27 @@ def executor(
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision={precision!r}: choose 'auto', 'float32' or 'bfloat16'")
     if precision == "bfloat16" and not bf16():
-        raise RuntimeError("precision='bfloat16': this processor does not multiply it; use 'auto' or 'float32'")
+        raise RuntimeError("precision='bfloat16': this processor does not multiply it; use 'auto'")
     if precision == "auto":
         precision = "bfloat16" if bf16() else "float32"
     return Executor(program_of(model, precision), kept, widths)
+
+# %% ../nbs/02e_native.ipynb #651cb5dd
+def profile(
+    executor: Executor,
+    x: torch.Tensor,  # (N, C, H, W) images
+) -> list[dict]:  # a row a step: "kind", "ins", "outs" (gates that select, or -1), "ms", of them "packing"
+    "Milliseconds of a batch, step by step, and how many of them go into making panels; of the first thread."
+    program = executor.program
+    x, spent = _checked(x, program.channels(0)), torch.zeros(len(program.steps), 2, dtype=torch.float64)
+    with executor._lock:
+        _run(program, executor._plans, x, _forced(executor, len(x)), _unit(program), spent)
+    rows = []
+    for step, (ms, packing) in zip(program.steps, spent.tolist()):
+        sizes = step.sizes if step.kind == "convolution" else {}
+        row = {"kind": step.kind, "ins": sizes.get("ins", -1), "outs": sizes.get("outs", -1)}
+        rows.append(row | {"ms": ms, "packing": packing})
+    return rows
 
 # %% ../nbs/02e_native.ipynb #ccc51c95
 VERSION = 1  # of the file and of the order of packed weights
@@ -613,7 +639,7 @@ def load(
     except SafetensorError as error:
         raise ValueError(f"{path} is no executor, or cut short ({error}): save it anew") from None
     if facts.get("version") != VERSION:
-        raise ValueError(f"{path}: version {facts.get('version')}, this library reads {VERSION}; save it anew")
+        raise ValueError(f"{path}: version {facts.get('version')}, not {VERSION}; save it anew")
     if facts["lanes"] > lanes() or (facts["precision"] == "bfloat16" and not bf16()):
         needs = f"{facts['lanes']} lanes, {facts['precision']}"
         raise ValueError(f"{path} is for another processor ({needs}): make it anew here")

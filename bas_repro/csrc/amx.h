@@ -1,6 +1,6 @@
-// AMX: eight tile registers of 16 rows of 64 bytes, and one instruction that multiplies two of bfloat16 and adds the
-// products to one of floats. With EMULATE_AMX the same in plain C++, so that what is built on it can be tested on
-// processors that have no AMX.
+// AMX: eight tile registers of 16 rows of 64 bytes, and an instruction that multiplies two of bfloat16 and adds
+// the products to one of floats. With EMULATE_AMX the same in plain C++, so that what is built on it can be
+// tested on processors that have no AMX.
 #ifdef EMULATE_AMX
 #define AMX_NAMES
 namespace {

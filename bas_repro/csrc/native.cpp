@@ -1,6 +1,7 @@
 // Gated residual networks on the CPU, computing open channels only; 02e_native.ipynb explains it.
 // Plain C++17 with GCC's or Clang's vector types and no torch headers, so that it compiles in seconds.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -22,7 +23,7 @@ namespace {
 
 enum Kind { INPUT, CONVOLUTION, MAX_POOL, AVERAGE, GATE, SAMPLE, RESIZE };
 
-struct Grid {          // features of an image: lines of pixels, channels innermost, a border that is always zero
+struct Grid {          // features of an image: lines of pixels, channels innermost, a border of zeros
     int64_t at;        // number in the workspace at which the border begins
     int32_t h, w, c;   // lines, pixels of a line, numbers of a pixel (unused ones included)
     int32_t border;    // pixels on each side
@@ -54,6 +55,7 @@ struct Call {          // what the images of a batch share
     const uint8_t* forced;   // (images, channels), or null: the gating modules decide
     float *scores, *logits;  // (images, scores_size), (images, channels)
     uint8_t* open;           // (images, channels)
+    double* spent;           // or null; (layers, 2): milliseconds of thread 0 in all, and in making panels
     char* workspace;         // one for each thread, workspace_size bytes apart
     int64_t workspace_size, scores_size;
 };
@@ -61,7 +63,7 @@ struct Call {          // what the images of a batch share
 struct Scratch {       // one a thread, kept from call to call
     std::vector<float> panel, rows, sums;
     std::vector<std::vector<int>> open;  // the open channels of each gate
-    static float* need(std::vector<float>& v, int64_t n) {  // room for n floats, from the start of a cache line
+    static float* need(std::vector<float>& v, int64_t n) {  // room for n floats, from a cache line's start
         if (int64_t(v.size()) < n + 16) v.resize(n + 16);
         return v.data() + (64 - reinterpret_cast<uintptr_t>(v.data()) % 64) % 64 / 4;
     }
@@ -70,7 +72,10 @@ thread_local Scratch scratch;
 
 struct Parts {         // 0 … n in parts that differ by one at most: 49 in twelves are 10, 10, 10, 10 and 9
     int count, size, larger;  // `larger` parts of size + 1 come first
-    Parts(int n, int most) : count((n + most - 1) / most), size(count ? n / count : 0), larger(n - count * size) {}
+    Parts(int n, int most) : count((n + most - 1) / most) {
+        size = count ? n / count : 0;
+        larger = n - count * size;
+    }
     int start(int i) const { return i * size + std::min(i, larger); }
 };
 
@@ -100,6 +105,18 @@ struct Ahead {         // weights that come next, fetched into the second cache 
             if (++i < count) continue;
             i = 0, g++;
         }
+    }
+};
+
+struct Stopwatch {     // adds to *to, unless that is null, what passes until it goes out of scope
+    double* to;
+    std::chrono::steady_clock::time_point start;
+    explicit Stopwatch(double* to) : to(to) {
+        if (to) start = std::chrono::steady_clock::now();
+    }
+    ~Stopwatch() {
+        using ms = std::chrono::duration<double, std::milli>;
+        if (to) *to += ms(std::chrono::steady_clock::now() - start).count();
     }
 };
 

@@ -1,6 +1,6 @@
-// What depends on the processor: vectors of LANES floats, tiles of at most PIXELS pixels, features in float or, with
-// BF16, in bfloat16. native.cpp includes this file once for each set of instructions. A word is what a lane multiplies
-// in one step: a float, or two neighbouring channels in bfloat16.
+// What depends on the processor: vectors of LANES floats, tiles of at most PIXELS pixels, features in float or,
+// with BF16, in bfloat16; with AMX, tiles of another kind. native.cpp includes this file once for each set of
+// instructions. A word is what a lane multiplies in a step: a float, or two neighbouring channels in bfloat16.
 namespace NAME {
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -16,7 +16,9 @@ constexpr int PAIR = 2;  // values of a word
 inline Vec read(const Value* p) {
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
-inline void write(Value* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+inline void write(Value* p, Vec v) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
 inline Vec add_products(Vec sum, Vec words, const Value* word) {
     int32_t w;
     std::memcpy(&w, word, 4);
@@ -36,9 +38,12 @@ struct Run {  // one image on one of the threads that share it
     Value* memory;
     int from(int n) const { return int(int64_t(n) * thread / threads); }  // this thread's part of 0 … n
     int to(int n) const { return int(int64_t(n) * (thread + 1) / threads); }
+    double* spent(const Layer& l, int what) const {  // 0: in all; 1: in making panels
+        return call.spent && thread == 0 ? call.spent + 2 * (&l - call.layers) + what : nullptr;
+    }
 };
 
-// ---- panels: the weights of a block of outputs, (words of a window, vectors of outputs) ---------------------------
+// ---- panels: the weights of a block of outputs, (words of a window, vectors of outputs) -------------------
 
 template <int... I> inline Vec zip(Vec a, Vec b, bool high, std::integer_sequence<int, I...>) {
     return high ? __builtin_shufflevector(a, b, (LANES / 2 + I / 2 + I % 2 * LANES)...)
@@ -64,7 +69,8 @@ inline __attribute__((always_inline)) void turn(const float* const* rows, int64_
 void pack_rows(const float* const* rows, int length, int vectors, float* panel) {
     const int step = vectors * LANES;
     for (int v = 0; v < vectors; v++)
-        for (int q = 0; q < length; q += LANES) turn(rows + v * LANES, q, panel + int64_t(q) * step + v * LANES, step);
+        for (int q = 0; q < length; q += LANES)
+            turn(rows + v * LANES, q, panel + int64_t(q) * step + v * LANES, step);
 }
 
 // selected inputs: w (taps, inputs, BLOCK)
@@ -90,7 +96,8 @@ void pick_inputs(const Value* row, const Window& s, int inputs, Value* to) {
         Value* next = to;
         for (int c = 0; c < inputs; c += 32) {
             const uint32_t bits = s.bits[c / 32];
-            _mm512_storeu_si512(next, _mm512_maskz_compress_epi16(bits, _mm512_maskz_loadu_epi16(bits, row + c)));
+            const __m512i values = _mm512_maskz_loadu_epi16(bits, row + c);
+            _mm512_storeu_si512(next, _mm512_maskz_compress_epi16(bits, values));
             next += __builtin_popcount(bits);
         }
 #else
@@ -101,7 +108,7 @@ void pick_inputs(const Value* row, const Window& s, int inputs, Value* to) {
 }
 
 // The weights of a layer stand as the selection wants them, inputs filled up to words:
-// none (blocks, words of a window, BLOCK); inputs (blocks, taps, inputs, BLOCK); outputs or both (outputs, a row)
+// none (blocks, words of a window, BLOCK); inputs (blocks, taps, inputs, BLOCK); outputs, both (outputs, row)
 int64_t row_size(const Layer& l) { return up(l.k * l.k * up(l.inputs, PAIR), PAIR * LANES); }
 
 const Value* block_of(const Layer& l, const Window& s, int block) {  // where nothing or inputs are selected
@@ -110,10 +117,13 @@ const Value* block_of(const Layer& l, const Window& s, int block) {  // where no
 }
 
 // A panel is followed by LANES rows of zeros, or of other panels.
-const float* panel_of(const Layer& l, const Window& s, int block, int vectors) {
+const float* panel_of(const Run& r, const Layer& l, const Window& s, int block) {
+    const Stopwatch watch(r.spent(l, 1));
+    const int vectors = s.outputs - block * BLOCK > LANES ? 2 : 1;
     if (!s.in && !s.out) return (const float*)block_of(l, s, block);
     const int length = s.length(), full = up(length, LANES);
-    float *panel = Scratch::need(scratch.panel, int64_t(full + LANES) * BLOCK), *end = panel + length * vectors * LANES;
+    float* panel = Scratch::need(scratch.panel, int64_t(full + LANES) * BLOCK);
+    float* end = panel + int64_t(length) * vectors * LANES;
     if (!s.out) {
         pack_columns(block_of(l, s, block), s, up(l.inputs, PAIR), vectors, panel);
         std::fill(end, end + LANES * vectors * LANES, 0.f);
@@ -143,11 +153,11 @@ Ahead ahead_of(const Layer& l, const Window& s, int block) {
     return {w, 0, 0, 1, 1, nullptr, int64_t(s.length()) * BLOCK * 4};
 }
 
-// ---- convolution --------------------------------------------------------------------------------------------------
+// ---- convolution ------------------------------------------------------------------------------------------
 
 #ifdef AMX
-// Two tiles of 16 pixels and two of 16 outputs, four of sums; sums (pixels, vectors * LANES). Pixels are gathered,
-// 16 words of each at a time; where a piece of a window ends earlier, zeros meet the weights of the next.
+// Two tiles of 16 pixels and two of 16 outputs, four of sums; sums (pixels, vectors * LANES). Pixels are
+// gathered, 16 words of each at a time; where a piece of a window ends, zeros meet the weights of the next.
 void tile(int pixels, int vectors, const Window& s, const Value* x, const int64_t* at, const float* panel,
           const float* bias, float* sums, Ahead& ahead, int lines) {
     alignas(64) int32_t words[PIXELS][LANES] = {};
@@ -194,7 +204,8 @@ inline __attribute__((always_inline)) void sum_tile(const Window& s, const Value
             const Value* from = x + l * s.line + c * s.cell;
             for (int i = 0; i < s.words;) {
                 ahead.fetch(lines);
-                for (const int end = std::min(i + 16, s.words); i < end; i++, panel += V * LANES, from += PAIR) {
+                const int end = std::min(i + 16, s.words);
+                for (; i < end; i++, panel += V * LANES, from += PAIR) {
                     Vec w[V];
                     for (int v = 0; v < V; v++) w[v] = load(panel + v * LANES);
                     for (int p = 0; p < P; p++)
@@ -267,18 +278,19 @@ void one_tile(const Run& r, const Layer& l, const Window& s, int block, int from
     }
 }
 
-// Work is counted in units of a tile, block after block. Threads share the tiles where features weigh more, so that
-// each finds in its own cache what it wrote before; and the blocks where weights weigh more (4: measured on Zen 5).
+// Work is counted in units of a tile, block after block. Threads share the tiles where features weigh more, so
+// that each finds in its own cache what it wrote before; else the blocks (4: measured, two threads on Zen 5).
 void convolution(const Run& r, const Layer& l) {
     Window s;
     window_of(l, s);
     const Parts tiles(l.to.h * l.to.w, PIXELS);
     const bool by_tiles = 4 * l.to.h * l.to.w >= s.taps * s.outputs;
-    const int first = by_tiles ? r.from(tiles.count) : 0, count = by_tiles ? r.to(tiles.count) - first : tiles.count;
+    const int first = by_tiles ? r.from(tiles.count) : 0;
+    const int count = (by_tiles ? r.to(tiles.count) : tiles.count) - first;
     const int units = up(s.outputs, BLOCK) / BLOCK * count, last = by_tiles ? units : r.to(units);
     for (int unit = by_tiles ? 0 : r.from(units); unit < last;) {
         const int block = unit / count, end = std::min(last, (block + 1) * count);
-        const float* panel = panel_of(l, s, block, s.outputs - block * BLOCK > LANES ? 2 : 1);
+        const float* panel = panel_of(r, l, s, block);
         float bias[BLOCK] = {};
         for (int i = 0; i < std::min(BLOCK, s.outputs - block * BLOCK); i++)
             bias[i] = l.b[s.out ? s.out[block * BLOCK + i] : block * BLOCK + i];
@@ -292,7 +304,7 @@ void convolution(const Run& r, const Layer& l) {
     }
 }
 
-// ---- other layers -------------------------------------------------------------------------------------------------
+// ---- other layers -----------------------------------------------------------------------------------------
 
 bool input(const Run& r, const Layer& l) {  // false: not finite
     const int64_t* s = r.call.strides;
@@ -379,7 +391,7 @@ void gate(const Run& r, const Layer& l) {
     const int64_t at = int64_t(r.image) * r.call.channels + l.column;
     for (int g = 0; g < l.gates; g++) {
         scratch.open[l.outs + g].clear();
-        scratch.open[l.outs + g].reserve(l.outputs);  // so that an empty list is no null pointer, which means all
+        scratch.open[l.outs + g].reserve(l.outputs);  // an empty list is no null pointer: that means all
     }
     for (int c = 0; c < l.outputs; c++) {
         const bool second = c >= l.first, on = r.call.forced ? r.call.forced[at + c] : logits[c] > 0;
@@ -422,7 +434,7 @@ void resize(const Run& r, const Layer& l) {  // bilinear, align_corners=False
         }
 }
 
-// One image in workspace number `slot`, on thread `thread` of `threads`; false: this thread saw what is not finite.
+// One image in workspace number `slot`, on thread `thread` of `threads`; false: it saw what is no number.
 bool run(const Call& call, int image, int slot, int thread, int threads) {
     const Run r{call, image, thread, threads, (Value*)(call.workspace + slot * call.workspace_size)};
     bool finite = true;
@@ -432,6 +444,7 @@ bool run(const Call& call, int image, int slot, int thread, int threads) {
     if (int(scratch.open.size()) < call.gate_count) scratch.open.resize(call.gate_count);
     for (int i = 0; i < call.layer_count; i++) {
         const Layer& l = call.layers[i];
+        const Stopwatch watch(r.spent(l, 0));
         if (l.kind == INPUT) finite = input(r, l);
         if (l.kind == CONVOLUTION) convolution(r, l);
         if (l.kind == MAX_POOL) max_pool(r, l);
