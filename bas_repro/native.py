@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'VERSION', 'available', 'lanes', 'bf16', 'Step', 'Unserved', 'Program', 'fingerprint', 'program_of',
            'Executor', 'amx', 'executor', 'profile', 'save', 'load']
 
-# %% ../nbs/02e_native.ipynb #8ebfca1a
+# %% ../nbs/02e_native.ipynb #6e33db52
 import copy
 import ctypes
 import functools
