@@ -648,7 +648,7 @@ def dense_engines(
         half = torch.compile(_fold(copy.deepcopy(nchw)).bfloat16(), mode="max-autotune")
         engines["inductor bf16"] = lambda x: half(x.to(torch.bfloat16, memory_format=rows))
         return engines
-    frozen = torch.compile(nhwc, options={"freezing": True})
+    frozen = torch.compile(nhwc, dynamic=False, options={"freezing": True})
     engines["inductor"] = lambda x: frozen(x.contiguous(memory_format=rows))
     if _installed("onnxruntime", "onnxscript"):
         session = cache(partial(onnx_session, model, x.shape))
