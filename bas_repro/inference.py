@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from . import native, triton_kernel
 from .baselines import DroppedBlock, FBSBlock, GuidedBlock, pick
 from .gates import Gate, GatingModule
+from .native import load, save
 from .resnet import GatedBasicBlock, GatedBottleneck, gated_layers
 
 # %% ../nbs/03b_inference.ipynb #83bbea85
@@ -196,10 +197,14 @@ def force(
     masks: list[torch.Tensor] | None,  # (N, C) 0 or 1, one a gated layer, for N images; None: take them back
 ) -> nn.Module:  # the same object
     "Make the gates of a network take given values; its gating modules still run."
+    is_native = isinstance(model, native.Executor)
     blocks = [block for block in model.modules() if hasattr(block, "gated")]
-    count = sum(len(block.gated) for block in blocks)
+    count = len(model.widths) if is_native else sum(len(block.gated) for block in blocks)
     if masks is not None and len(masks) != count:
         raise ValueError(f"{len(masks)} masks for {count} gated layers; give one a layer")
+    if is_native:
+        model.masks = masks
+        return model
     kept = {id(part.block): part.orders for part in model.modules() if hasattr(part, "orders")}
     left = iter(masks or [])
     for block in blocks:
@@ -446,9 +451,15 @@ class _Restored(nn.Module):
         rows = list(zip(gates, self.orders, self.widths))
         return out, [Gate(placed(g.logits, *row, -torch.inf), placed(g.value, *row, 0.0)) for g, *row in rows]
 
-# %% ../nbs/03b_inference.ipynb #75cb3983
-class _KernelBlock(_CompactBlock):
-    "A _CompactBlock whose open channels a `kernel` computes; what is computed whole still runs in torch."
+# %% ../nbs/03b_inference.ipynb #68abd74c
+class _TritonBlock(_CompactBlock):
+    "A gated block, float32 without groups, in the Triton kernel of 02f_triton."
+
+    def __init__(self, block: GatedBasicBlock | GatedBottleneck, dense_above: float | None = None):
+        super().__init__(block, dense_above)
+        plain = copy.copy(block)
+        plain._modules = {**block._modules, "gating": _unforced(block.gating)}
+        self.packed = triton_kernel.pack(plain)
 
     def compute(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         "Eq. 4 with the gates decided."
@@ -459,37 +470,6 @@ class _KernelBlock(_CompactBlock):
     def either(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         "In torch or by the kernel, for images that are all computed whole, or none of them."
         return super().compute(x, value) if self.whole(value[:1]).item() else self.kernel(x, value)
-
-# %% ../nbs/03b_inference.ipynb #edb488df
-class _NativeBlock(_KernelBlock):
-    "A gated block, float32 without groups, in the C++ kernel of 02e_native."
-
-    def __init__(self, block: GatedBasicBlock | GatedBottleneck, dense_above: float | None = None):
-        super().__init__(block, dense_above)
-        fused = [fuse_conv_bn_eval(conv, bn) for conv, bn in _layers(block)]
-        weights = [t.detach() for conv in fused for t in (conv.weight, conv.bias)]
-        self.folds = isinstance(block.downsample, nn.Sequential)  # the kernel computes it too
-        shortcut = None
-        if self.folds:
-            conv = fuse_conv_bn_eval(*block.downsample)
-            shortcut = conv.weight.detach(), conv.bias.detach()
-        make = native.BasicBlock if len(fused) == 2 else native.Bottleneck
-        self.native = make(*weights, stride=max(conv.stride[0] for conv in fused), downsample=shortcut)
-
-    def kernel(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        "The whole block in one call."
-        identity = None if self.folds else self.shortcut(x)
-        return self.native(x, *value.split(self.widths, 1), identity=identity)
-
-# %% ../nbs/03b_inference.ipynb #68abd74c
-class _TritonBlock(_KernelBlock):
-    "A gated block, float32 without groups, in the Triton kernel of 02f_triton."
-
-    def __init__(self, block: GatedBasicBlock | GatedBottleneck, dense_above: float | None = None):
-        super().__init__(block, dense_above)
-        plain = copy.copy(block)
-        plain._modules = {**block._modules, "gating": _unforced(block.gating)}
-        self.packed = triton_kernel.pack(plain)
 
     def kernel(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         "The whole block for a batch; lists of open channels are made on the device."
@@ -507,8 +487,6 @@ def _masked(block: nn.Module) -> nn.Module:
     return block
 
 # %% ../nbs/03b_inference.ipynb #c45fc5b3
-_ENGINES = {"torch": _CompactBlock, "native": _NativeBlock, "triton": _TritonBlock, "masked": None}
-
 def _executor(block: nn.Module, engine: str = "torch", dense_above: float | None = None) -> nn.Module:
     "The executor of a gated block of this library, in evaluation mode, which is left as it is."
     if engine == "masked":
@@ -522,9 +500,8 @@ def _executor(block: nn.Module, engine: str = "torch", dense_above: float | None
     convs = [conv for conv, _ in _layers(block)]
     plain = all(conv.groups == 1 and conv.dilation == (1, 1) and conv.out_channels for conv in convs)
     even = len({conv.out_channels for conv in convs[:-1]}) == 1  # not always so in a narrowed bottleneck
-    if not plain or (engine == "triton" and not even):
-        engine = "torch"
-    return _ENGINES[engine](block, dense_above)
+    kernel = engine == "triton" and plain and even
+    return _TritonBlock(block, dense_above) if kernel else _CompactBlock(block, dense_above)
 
 # %% ../nbs/03b_inference.ipynb #5010fc6d
 def _can_run(engine: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -547,7 +524,7 @@ def _pick_engine(engine: str, device: torch.device, dtype: torch.dtype) -> str:
         return "torch"
     if engine == "auto":
         return "native"
-    if engine not in _ENGINES:
+    if engine not in ("torch", "native", "triton", "masked"):
         raise ValueError(f"engine={engine!r}: choose 'auto', 'torch', 'native', 'triton' or 'masked'")
     if not _can_run(engine, device, dtype):
         raise RuntimeError(f"engine={engine!r} cannot run a {dtype} network on {device}; use engine='auto'")
@@ -568,18 +545,14 @@ def _log_orders(model: nn.Module, log: list[Gate] | torch.Tensor) -> dict[str, l
             orders.setdefault(layer.block, []).append(_channel_order(value))
     return orders
 
-# %% ../nbs/03b_inference.ipynb #d290cfc6
-def compact(
-    model: nn.Module,  # a gated network of this library (a plain one is only folded); left untouched
-    engine: str = "auto",  # "torch", "native" (CPU), "triton" (CUDA), "masked", or "auto": by device
-    log: list[Gate] | torch.Tensor | None = None,  # gates of many images: what none opens is dropped
-    dense_above: float | None = None,  # open share, 0 to 1, above which an image's block is masked instead
-) -> nn.Module:  # for inference: net(x) gives logits, net(x, return_gates=True) logits and gates
-    "A network that executes only what its gates ask for (Appendix C)."
-    weight = next(model.parameters())
-    engine = _pick_engine(engine, weight.device, weight.dtype)
-    net = copy.deepcopy(model).eval().requires_grad_(False)
-    orders = {} if log is None or engine == "masked" else _log_orders(net, log)
+# %% ../nbs/03b_inference.ipynb #3e2c416b
+def _sliced_network(
+    net: nn.Module,  # a copy, in evaluation mode; changed in place
+    engine: str,  # "torch", "triton" or "masked"
+    orders: dict[str, list[torch.Tensor]],  # by block, the channels to keep, one list a gate
+    dense_above: float | None,
+) -> nn.Module:
+    "The network itself, each gated block replaced by its executor."
     for name, block in [(n, m) for n, m in net.named_modules() if hasattr(m, "gated")]:
         if name in orders:
             widths = [block.get_submodule(outs[0]).out_channels for outs, _ in block.gated]
@@ -590,6 +563,63 @@ def compact(
     _fold(net)
     net.conv1.relu, net.relu = True, nn.Identity()  # the stem's
     return net.eval().requires_grad_(False)
+
+# %% ../nbs/03b_inference.ipynb #2403af7b
+def _given(model: nn.Module) -> list[torch.Tensor] | None:
+    "The values that force() gave to a network's gates, one (N, C) a gate; None: they decide themselves."
+    values = []
+    for block in (module for module in model.modules() if hasattr(module, "gated")):
+        widths = [block.get_submodule(outs[0]).out_channels for outs, _ in block.gated]
+        if not isinstance(block.gating, _Forced):
+            return None
+        values += block.gating.value.split(widths, 1)
+    return values or None
+
+# %% ../nbs/03b_inference.ipynb #c606cddf
+def _native(
+    net: nn.Module,  # a copy, in evaluation mode; changed
+    orders: dict[str, list[torch.Tensor]],  # by block, the channels to keep, one list a gate
+    precision: str,  # as native.executor takes it
+) -> native.Executor:
+    "The network on the native engine. `native.Unserved` says what it does not compute."
+    given, layers = _given(net), gated_layers(net)
+    widths = [net.get_submodule(layer.outputs[0]).out_channels for layer in layers]
+    force(net, None)
+    kept = []
+    for name in dict.fromkeys(layer.block for layer in layers):
+        block = net.get_submodule(name)
+        order = [o if len(o) else torch.zeros(1, dtype=torch.long) for o in orders.get(name, [])]
+        kept += order or [None] * len(block.gated)
+        if order:
+            net.set_submodule(name, _narrowed(block, order))
+    return force(native.executor(net, precision, kept, widths), given)
+
+# %% ../nbs/03b_inference.ipynb #d290cfc6
+def compact(
+    model: nn.Module,  # a gated network of this library (a plain one is only folded); left untouched
+    engine: str = "auto",  # "torch", "native" (CPU), "triton" (CUDA), "masked", or "auto": by device
+    log: list[Gate] | torch.Tensor | None = None,  # gates of many images: what none opens is dropped
+    dense_above: float | None = None,  # open share, 0 to 1, above which torch and triton mask a block instead
+    precision: str = "auto",  # native: "float32", "bfloat16", or "auto": bfloat16 if the processor has it
+) -> nn.Module:  # for inference: net(x) gives logits, net(x, return_gates=True) logits and gates
+    "A network that executes only what its gates ask for (Appendix C)."
+    weight, asked, logger = next(model.parameters()), engine, logging.getLogger(__name__)
+    engine = _pick_engine(engine, weight.device, weight.dtype)
+    if precision == "bfloat16" and engine != "native":
+        raise RuntimeError(f"precision='bfloat16' is for the native engine, and this would be {engine!r}")
+    net = copy.deepcopy(model).eval().requires_grad_(False)
+    orders = {} if log is None or engine == "masked" else _log_orders(net, log)
+    if engine != "native":
+        return _sliced_network(net, engine, orders, dense_above)
+    try:
+        exe = _native(copy.deepcopy(net), orders, precision)
+    except native.Unserved as error:
+        if asked == "native" or precision == "bfloat16":
+            raise RuntimeError(f"the native engine does not compute {error}; use engine='auto'") from None
+        logger.warning("compact: using torch, since the native engine does not compute %s", error)
+        return _sliced_network(net, "torch", orders, dense_above)
+    logger.info("compact: the native engine, %s, %d lanes", exe.program.precision, exe.program.lanes)
+    return exe
 
 # %% ../nbs/03b_inference.ipynb #f541a715
 def onnx_session(

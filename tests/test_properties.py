@@ -141,7 +141,7 @@ def test_executors_give_what_the_masked_network_gives(seed, n, share, height, wi
         engine = "torch"
     net, x = masked(small(), seed, n, share), torch.randn(n, 3, height, width)
     with torch.no_grad():
-        ours, theirs = inference.compact(net, engine, dense_above=dense_above)(x), net(x)
+        ours, theirs = inference.compact(net, engine, None, dense_above, "float32")(x), net(x)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
