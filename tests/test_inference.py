@@ -103,4 +103,5 @@ def test_dense_engines_agree():
         engines = dense_engines(net, x)
         assert {"eager", "eager channels_last", "inductor"} <= set(engines)
         for name, engine in engines.items():
-            torch.testing.assert_close(engine(x), net(x), rtol=1e-4, atol=1e-5, msg=name)
+            error = (engine(x) - net(x)).norm() / net(x).norm()
+            assert error <= (2e-2 if "bf16" in name else 1e-4), name
