@@ -658,6 +658,19 @@ def openvino_network(
 
     return lambda x: torch.from_numpy(compiled(x.shape)(x.numpy())[0])
 
+# %% ../nbs/03b_inference.ipynb #5d90bd38
+def _native_engines(
+    model: nn.Module,  # a plain network; left untouched
+) -> dict:  # name → function from images to logits
+    "What the native executor has for a plain network, on this processor."
+    try:
+        engines = {"native": native.executor(model, "float32")} if native.available() else {}
+    except native.Unserved:
+        return {}
+    if engines and native.bf16():
+        engines["native bf16"] = native.executor(model, "bfloat16")
+    return engines
+
 # %% ../nbs/03b_inference.ipynb #39aeb5e3
 def _installed(*packages: str) -> bool:
     "Whether these can be imported."
@@ -668,7 +681,7 @@ def dense_engines(
     model: nn.Module,  # a plain network; left untouched
     x: torch.Tensor,  # (N, C, H, W) images: says on which device, and of which size
 ) -> dict:  # name → function from images to logits; each compiles at its first call, under torch.no_grad()
-    "What runs a dense network: eager, compiled, what is installed of ONNX Runtime and OpenVINO."
+    "What runs a dense network: eager, compiled, what is installed of ONNX Runtime and OpenVINO, native."
     if gated_layers(model):
         raise ValueError("dense_engines() compares with plain networks; this one has gates")
     nchw, rows = copy.deepcopy(model).eval().requires_grad_(False), torch.channels_last
@@ -686,7 +699,7 @@ def dense_engines(
     if _installed("openvino", "onnxscript"):
         network = cache(partial(openvino_network, model, x.shape))
         engines |= {"openvino": lambda x: network("f32")(x), "openvino bf16": lambda x: network("bf16")(x)}
-    return engines
+    return engines | _native_engines(model)
 
 # %% ../nbs/03b_inference.ipynb #73a28e7b
 def export(
