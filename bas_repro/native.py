@@ -485,7 +485,7 @@ def _checked(x: torch.Tensor, channels: int) -> torch.Tensor:
     if x.dim() != 4 or x.shape[1] != channels or x.dtype != torch.float32 or x.device.type != "cpu":
         right = f"(N, {channels}, H, W) float32 on the CPU"
         raise ValueError(f"images {tuple(x.shape)} {x.dtype} on {x.device}: give {right}")
-    return x.detach()
+    return x.detach().resolve_neg()  # the imaginary part of a conjugate is a view that a flag negates
 
 # %% ../nbs/02e_native.ipynb #4ebfc78a
 def _forced(executor: Executor, n: int) -> torch.Tensor | None:
