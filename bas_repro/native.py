@@ -284,6 +284,8 @@ def _features(
     x = _convolution(program, x, model.conv1, model.bn1, relu=True)
     if hasattr(model, "maxpool"):
         pool = model.maxpool
+        if pool.ceil_mode or pool.dilation != 1 or isinstance(pool.kernel_size, tuple):
+            raise Unserved(f"a max pool that rounds up, is dilated or has sides of its own: {pool}")
         sizes = {"k": pool.kernel_size, "stride": pool.stride, "pad": pool.padding}
         x = program.add("max_pool", x, outputs=program.channels(x), **sizes)
     for block in blocks_of(model):
