@@ -495,10 +495,12 @@ def _forced(executor: Executor, n: int) -> torch.Tensor | None:
     if executor.masks is None:
         return None
     given, widths = [tuple(mask.shape) for mask in executor.masks], executor.widths
-    if {len(mask) for mask in executor.masks} != {n}:
+    if {len(mask) for mask in executor.masks} - {n}:
         raise ValueError(f"{n} images, but force() was given masks for {given[0][0]}")
     if given != [(n, width) for width in widths]:
         raise ValueError(f"masks {given}: give {[(n, width) for width in widths]}")
+    if not given:
+        return None
     pairs = zip(executor.masks, executor.kept)
     columns = [mask if order is None else mask[:, order] for mask, order in pairs]
     return (torch.cat(columns, 1) > 0).to("cpu", torch.uint8)
