@@ -284,6 +284,8 @@ def _features(
     x = _convolution(program, x, model.conv1, model.bn1, relu=True)
     if hasattr(model, "maxpool"):
         pool = model.maxpool
+        if pool.ceil_mode or pool.dilation != 1 or isinstance(pool.kernel_size, tuple):
+            raise Unserved(f"a max pool that rounds up, is dilated or has sides of its own: {pool}")
         sizes = {"k": pool.kernel_size, "stride": pool.stride, "pad": pool.padding}
         x = program.add("max_pool", x, outputs=program.channels(x), **sizes)
     for block in blocks_of(model):
@@ -485,7 +487,7 @@ def _checked(x: torch.Tensor, channels: int) -> torch.Tensor:
     if x.dim() != 4 or x.shape[1] != channels or x.dtype != torch.float32 or x.device.type != "cpu":
         right = f"(N, {channels}, H, W) float32 on the CPU"
         raise ValueError(f"images {tuple(x.shape)} {x.dtype} on {x.device}: give {right}")
-    return x.detach()
+    return x.detach().resolve_neg()  # the imaginary part of a conjugate is a view that a flag negates
 
 # %% ../nbs/02e_native.ipynb #4ebfc78a
 def _forced(executor: Executor, n: int) -> torch.Tensor | None:
@@ -493,10 +495,12 @@ def _forced(executor: Executor, n: int) -> torch.Tensor | None:
     if executor.masks is None:
         return None
     given, widths = [tuple(mask.shape) for mask in executor.masks], executor.widths
-    if {len(mask) for mask in executor.masks} != {n}:
+    if {len(mask) for mask in executor.masks} - {n}:
         raise ValueError(f"{n} images, but force() was given masks for {given[0][0]}")
     if given != [(n, width) for width in widths]:
         raise ValueError(f"masks {given}: give {[(n, width) for width in widths]}")
+    if not given:
+        return None
     pairs = zip(executor.masks, executor.kept)
     columns = [mask if order is None else mask[:, order] for mask, order in pairs]
     return (torch.cat(columns, 1) > 0).to("cpu", torch.uint8)
