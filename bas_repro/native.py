@@ -270,6 +270,8 @@ def _shortcut(
     if way is None:
         return x
     if isinstance(way, nn.Sequential):
+        if [type(layer) for layer in way] != [nn.Conv2d, nn.BatchNorm2d]:
+            raise Unserved(f"a shortcut of {', '.join(type(layer).__name__ for layer in way)}")
         return _convolution(program, x, *way)
     before, after = program.channels(x), block.conv2.out_channels
     return program.add("sample", x, stride=way.stride, inputs=before, outputs=after)
