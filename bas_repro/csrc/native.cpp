@@ -50,6 +50,7 @@ struct Call {          // what the images of a batch share
     const Layer* layers;
     int32_t layer_count, images;
     int32_t gate_count, channels;  // gates of the network, and their channels
+    int32_t shared;          // whether an image is worth more than one thread
     const float* x;
     int64_t strides[4];      // of x, in numbers: image, channel, line, pixel
     const uint8_t* forced;   // (images, channels), or null: the gating modules decide
@@ -205,7 +206,8 @@ int bas_amx() {
 }
 
 // unit: 0 float, 1 bfloat16, 2 bfloat16 with AMX. Gives the first image that is not finite, or -1.
-// Images go to one thread each; those that are left when every thread has had as many are shared by all.
+// Images go to one thread each; those that are left when every thread has had as many are shared by all, if they
+// are worth it.
 int bas_run(int lanes, int unit, int threads, const Call* call) {
     auto run = plain::run;
 #ifdef __x86_64__
@@ -213,13 +215,14 @@ int bas_run(int lanes, int unit, int threads, const Call* call) {
     if (lanes == 16) run = unit == 2 ? amx::run : unit ? bf16::run : avx512::run;
 #endif
     int bad = call->images;
+    if (!call->shared) threads = std::max(1, std::min(threads, call->images));
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : bad)
     {
         int thread = 0, count = 1;
 #ifdef _OPENMP
         if (threads > 1) thread = omp_get_thread_num(), count = omp_get_num_threads();
 #endif
-        const int whole = call->images / count * count;
+        const int whole = call->shared ? call->images / count * count : call->images;
         for (int i = thread; i < whole; i += count)
             if (!run(*call, i, thread, 0, 1)) bad = std::min(bad, i);
 #pragma omp barrier
