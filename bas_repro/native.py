@@ -575,13 +575,13 @@ def amx() -> bool:
     "Whether this processor has AMX and it computes what AVX-512 computes."
     if not _kernel().bas_amx():
         return False
-    program = Program(16, "bfloat16")
-    x = program.add("input", -1, outputs=3)
-    x = _convolution(program, x, nn.Conv2d(3, 50, 3, padding=1), relu=True)
-    _convolution(program, x, nn.Conv2d(50, 40, 3), scores=True)
-    image, found = torch.randn(1, 3, 11, 9), []
-    for unit in (1, 2):
-        found.append(_run(program, {}, image, None, unit)[0])
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        program = Program(16, "bfloat16")
+        x = program.add("input", -1, outputs=3)
+        x = _convolution(program, x, nn.Conv2d(3, 50, 3, padding=1), relu=True)
+        _convolution(program, x, nn.Conv2d(50, 40, 3), scores=True)
+        image = torch.randn(1, 3, 11, 9)
+    found = [_run(program, {}, image, None, unit)[0] for unit in (1, 2)]
     if (found[0] - found[1]).norm() < 1e-2 * found[0].norm():
         return True
     warnings.warn("AMX computes otherwise than AVX-512 here, so AVX-512 serves; please report this")
