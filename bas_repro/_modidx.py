@@ -425,6 +425,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                      'bas_repro.inference._native': ('inference.html#_native', 'bas_repro/inference.py'),
                                      'bas_repro.inference._native_engines': ('inference.html#_native_engines', 'bas_repro/inference.py'),
                                      'bas_repro.inference._open_channels': ('inference.html#_open_channels', 'bas_repro/inference.py'),
+                                     'bas_repro.inference._openvino': ('inference.html#_openvino', 'bas_repro/inference.py'),
                                      'bas_repro.inference._pick_engine': ('inference.html#_pick_engine', 'bas_repro/inference.py'),
                                      'bas_repro.inference._pick_gates': ('inference.html#_pick_gates', 'bas_repro/inference.py'),
                                      'bas_repro.inference._sliced': ('inference.html#_sliced', 'bas_repro/inference.py'),

@@ -635,6 +635,14 @@ def onnx_session(
         path = export(model, Path(folder) / "net.onnx", input_size)
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
+# %% ../nbs/03b_inference.ipynb #66be7a5e
+@cache
+def _openvino():  # openvino.Core
+    "OpenVINO's engine, kept until the process ends."
+    import openvino
+
+    return openvino.Core()
+
 # %% ../nbs/03b_inference.ipynb #53140665
 def openvino_network(
     model: nn.Module,  # plain or gated; left untouched
@@ -642,9 +650,7 @@ def openvino_network(
     precision: str = "f32",  # "f32" or "bf16"
 ):  # function from images (N, C, H, W) to logits, on the CPU with as many threads as torch has now
     "A network in OpenVINO; each N is compiled at its first call."
-    import openvino
-
-    engine = openvino.Core()
+    engine = _openvino()
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     options |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     with tempfile.TemporaryDirectory() as folder:
