@@ -499,6 +499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                   'bas_repro.native._borders': ('native.html#_borders', 'bas_repro/native.py'),
                                   'bas_repro.native._build': ('native.html#_build', 'bas_repro/native.py'),
                                   'bas_repro.native._checked': ('native.html#_checked', 'bas_repro/native.py'),
+                                  'bas_repro.native._chosen': ('native.html#_chosen', 'bas_repro/native.py'),
                                   'bas_repro.native._classify': ('native.html#_classify', 'bas_repro/native.py'),
                                   'bas_repro.native._convolution': ('native.html#_convolution', 'bas_repro/native.py'),
                                   'bas_repro.native._features': ('native.html#_features', 'bas_repro/native.py'),

@@ -461,11 +461,8 @@ class Executor(nn.Module):
         self._plans, self._lock = {}, threading.Lock()
 
     def extra_repr(self) -> str:
-        "What was chosen: precision, and the instructions that multiply."
-        names = {4: "vectors of 4", 8: "AVX2", 16: "AVX-512"}
-        unit = {0: names[self.program.lanes], 1: "AVX-512 BF16", 2: "AMX"}[_unit(self.program)]
-        program = self.program
-        return f"{program.precision} by {unit}, {len(program.steps)} steps, {len(self.widths)} gates"
+        "What was chosen."
+        return _chosen(self.program)
 
     def forward(
         self,
@@ -482,6 +479,13 @@ class Executor(nn.Module):
         else:
             scores = scores.flatten(1)
         return (scores, _gates(self, logits, opened)) if return_gates else scores
+
+# %% ../nbs/02e_native.ipynb #9632283c
+def _chosen(program: Program) -> str:
+    "The precision, the instructions that multiply, and the size of the program."
+    names = {4: "vectors of 4", 8: "AVX2", 16: "AVX-512"}
+    unit = {0: names[program.lanes], 1: "AVX-512 BF16", 2: "AMX"}[_unit(program)]
+    return f"{program.precision} by {unit}, {len(program.steps)} steps, {len(program.widths)} gates"
 
 # %% ../nbs/02e_native.ipynb #4355fcae
 def _checked(x: torch.Tensor, channels: int) -> torch.Tensor:
