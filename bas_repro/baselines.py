@@ -117,6 +117,14 @@ class AIGGate(nn.Module):
                 noise = _gumbel_noise(torch.rand_like(pair) if u is None else u)
             return Gate(pair[:, 1:] - pair[:, :1], _gumbel_choice(pair, noise))
 
+    @torch.no_grad()
+    def shift(
+        self,
+        by: float,  # in logits
+    ) -> None:
+        "Add a number to the gate's logit, for every image."
+        self.fc2.bias[1] += by
+
 # %% ../nbs/02d_baselines.ipynb #0cbfc974
 def aig50_targets(
     t: float,  # the common rate: 0.4, 0.5, 0.6 or 0.7 in the paper

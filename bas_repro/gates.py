@@ -90,6 +90,14 @@ class GatingModule(nn.Module):
             noise = _logistic_noise(torch.rand_like(logits) if u is None else u)
             return Gate(logits, straight_through(logits, noise, self.tau))
 
+    @torch.no_grad()
+    def shift(
+        self,
+        by: float,  # in logits
+    ) -> None:
+        "Add a number to the logits of all gates, for every image."
+        self.fc2.bias += by
+
 # %% ../nbs/02_gates.ipynb #5d0fc4db
 def draws(
     blocks,  # an iterable of blocks of a network, plain or gated, in the order of execution

@@ -158,18 +158,34 @@ def _aig_strength(run, moment: Moment) -> float:
     return 1.0 if run.dataset == "imagenet" else 2.0
 
 
+def _aig_rate(run, ledger: Ledger) -> float:
+    "The target rate, or the one that keeps to a budget. `ValueError` if none does."
+    if not run.has("target_macs"):
+        return run.target
+    dropped = sum(cost.dense for cost in ledger.costs if cost.out_gate is not None)
+    fixed = sum(cost.dense for cost in ledger.costs) - dropped
+    rate = (run.target_macs * ledger.dense - fixed) / dropped
+    if not 0 < rate < 1:
+        words = f"what no gate closes costs {fixed / ledger.dense:.3f}"
+        raise ValueError(f"target_macs={run.target_macs}: {words}: give a share above it, below 1")
+    return rate
+
+
+def _aig_loss(run, ledger: Ledger, gated: list, out, y, strength: torch.Tensor) -> torch.Tensor:
+    "Their loss, at that rate."
+    return baselines.aig_loss(gated, _aig_rate(run, ledger), strength)
+
+# %% ../nbs/02g_methods.ipynb #07d54b4c
 def _inner_share(run) -> None:
     "A rate or density must leave something to choose."
-    if not 0 < run.target < 1:
+    if run.has("target") and not 0 < run.target < 1:
         raise ValueError(f"target={run.target}: must be between 0 and 1, both left out")
 
 
 add(Method(
     "aig", "ConvNet-AIG", "a gate a block, drawn to a target rate", look=("D", ":"), dial="target",
-    uses=("gate_weight_decay", "start"), gates=(baselines.AIGGate,),
-    convert=lambda net, run: baselines.aig(net, run.target),
-    loss=lambda run, ledger, gated, out, y, strength: baselines.aig_loss(gated, run.target, strength),
-    strength=_aig_strength, check=_inner_share,
+    uses=("target_macs", "gate_weight_decay", "start"), gates=(baselines.AIGGate,),
+    convert=lambda net, run: baselines.aig(net), loss=_aig_loss, strength=_aig_strength, check=_inner_share,
 ))
 
 # %% ../nbs/02g_methods.ipynb #a89e6ee8

@@ -82,7 +82,7 @@ SETTINGS = {
     "bottleneck": Setting(str, "gates of a bottleneck", "one", choices=resnet.GatedBottleneck.GATED),
     "gate_bias": Setting(float, "start of the gates' last bias, in logits; 0 opens half of the gates", 0.0),
     "gamma": Setting(float, "γ of Eq. 5 in the paper's units; SGAD's price", 0.1, 0, sign="γ", mark="g"),
-    "target_macs": Setting(float, "share of the plain network's MACs to train to, instead of gamma", None,
+    "target_macs": Setting(float, "share of the plain network's MACs to train to, not gamma, target", None,
                            0, 1, sign="MACs", mark="m"),
     "lam": Setting(float, "strength of batch-shaping, Eq. 2", 0.75, 0, sign="λ", mark="l"),
     "target": Setting(float, "share of the images that run a block (AIG), of a layer's channels (FBS)", 0.6,
@@ -248,6 +248,9 @@ def _not_given(value) -> bool:
     return value is None or value == ""
 
 
+_INSTEAD = ("gamma", "reference_steps", "l0_reduction", "target")  # a budget stands in their place
+
+
 def _used(task: Task, method: methods.Method, schedule: str) -> tuple[str, ...]:
     "The names of the settings that a run may have, in the order of the table."
     names = {*_EVERY, *task.settings, *task.schedules[schedule], *method.settings} - {*task.never}
@@ -267,7 +270,7 @@ def _resolve(given: dict) -> dict:
     filled = table | task.defaults | {"image_size": dataset.size or None} | dataset.settings | checked
     names = _used(task, methods.method(filled["method"]), filled["schedule"])
     if "target_macs" in names and not _not_given(filled["target_macs"]):
-        names = tuple(name for name in names if name not in ("gamma", "reference_steps", "l0_reduction"))
+        names = tuple(name for name in names if name not in _INSTEAD)
     return {name: filled[name] for name in names if not _not_given(filled[name])}
 
 # %% ../nbs/03_runs.ipynb #ff46cfe1

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import yaml
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
+from scipy.optimize import brentq
 from torch import nn
 from torchvision.models import get_model
 from tqdm import tqdm
@@ -298,12 +299,12 @@ def evaluate(
     images,  # data.Images or data.Files, on the model's device
     size: int,  # pixels a side that the network sees
     precision: str = "fp32",  # fp32, or bf16 autocast
-    batch_size: int | None = None,  # None: 500, on a GPU 2,500
+    batch_size: int | None = None,  # None: 500, on a GPU 5,000
     costs: list | None = None,  # of macs.gate_costs at that size; None: made here
 ) -> Seen:
     "What a network that classifies makes of each image, in evaluation mode."
     costs = costs or macs.gate_costs(model, (3, size, size))
-    batch_size = batch_size or (2500 if torch.device(images.device).type == "cuda" else 500)
+    batch_size = batch_size or (5000 if torch.device(images.device).type == "cuda" else 500)
     parts = []
     with macs.evaluating(model):
         for x, y in data.batches(images, torch.arange(len(images)).split(batch_size)):
@@ -461,10 +462,10 @@ def _rates(plan: Plan, epoch: int) -> tuple[list[methods.Moment], list[tuple]]:
     return moments, list(zip(lr, lam, [run.method.strength(run, now) for now in moments]))
 
 # %% ../nbs/03a_train.ipynb #c43b5320
-@functools.lru_cache(maxsize=1)
-def _compile(structure: tuple) -> Callable:
-    "`losses`, compiled."
-    torch.compiler.reset()  # networks of another structure
+@functools.cache
+def _compile() -> Callable:
+    "`losses`, compiled anew for each structure of a network."
+    torch._dynamo.config.recompile_limit = 64  # structures at once
     return torch.compile(losses, dynamic=False)
 
 
@@ -476,7 +477,7 @@ def compiled(
     short = plan.length.steps < 1500 or process()[1] > 1
     if run.compile == "no" or run.compile == "auto" and short:
         return losses
-    return _compile((run.task.network(run), run.method.name, run.settings.get("bottleneck"), run.precision))
+    return _compile()
 
 # %% ../nbs/03a_train.ipynb #a62ae26e
 class State(NamedTuple):
@@ -630,12 +631,43 @@ def _row(t: Trainee, rates: list[tuple]) -> dict:
     row = {"epoch": epoch + 1, "step": done, "lr": lr, "lam": lam, "gamma": strength, "loss_task": task}
     return row | {"loss_shaping": shaping, "loss_l0": price, "train_accuracy": right, "open": opened}
 
+# %% ../nbs/03a_train.ipynb #e7a2f4b7
+def _calibrate(
+    run: Run,  # with target_macs
+    model: nn.Module,  # trained; changed in place
+    splits: data.Splits,
+    most: int = 2000,  # held-out images that are looked at
+) -> None:
+    "Shift the logits of all gates by one number, with which the mean image costs the budget."
+    work, gating = run.work, [module for module in model.modules() if isinstance(module, run.method.gates)]
+    costs = ledger(run, model, len(splits.classes), work.size(run, splits, "test"))
+    images = splits.val if len(splits.val) else splits.train
+    images = images.part(range(0, len(images), math.ceil(len(images) / most)))
+
+    def move(by):
+        for module in gating:
+            module.shift(by)
+
+    def excess(by):
+        move(by)
+        mean = work.evaluate(run, model, images, splits, costs).rows.macs.mean()
+        move(-by)
+        return mean / costs.dense - run.target_macs
+
+    low, high = -4.0, 4.0  # logits; where the budget is out of reach between them, the nearer one
+    if excess(low) < 0 < excess(high):
+        move(brentq(excess, low, high, xtol=1e-3))
+    else:
+        move(min(low, high, key=lambda by: abs(excess(by))))
+
 # %% ../nbs/03a_train.ipynb #0aedb89c
 def _end(t: Trainee, rates: list[tuple], seconds: float) -> None:
     "Enter an epoch into a run's state."
     epoch, log, shapes, row = len(t.state.log), t.state.log, t.state.shapes, _row(t, rates)
     if process()[0] == 0:
         last = epoch + 1 == t.plan.length.epochs
+        if last and t.run.has("target_macs"):
+            _calibrate(t.run, t.model, t.splits)
         seen, shape = t.plan.work.watch(t.run, t.model, t.splits, t.plan.ledger, last, epoch)
         row |= seen
         shapes = shapes if shape is None else [*shapes, shape]
@@ -936,9 +968,10 @@ def _together(
 # %% ../nbs/03a_train.ipynb #1b2d1116
 def _alike(run: Run) -> str:
     "What runs that train together have in common."
-    own = {"alone": run.name if run.has("dropout") else "", "budget": run.has("target_macs")}
-    free = ("seed", "gamma", "lam", "target_macs")
-    return str(own | {name: value for name, value in run.identity.items() if name not in free})
+    if run.has("dropout") or run.has("pooled") or not run.method.fixed:
+        return run.name
+    images = ("dataset", "image_size", "holdout", "stream", "batch_size", "epochs")
+    return str([run.settings.get(name) for name in images])
 
 
 def groups(
@@ -958,7 +991,7 @@ def sweep(
     study: list[Run],  # of either task
     jobs: int | None = 1,  # runs at a time, on a CPU each in its own process; None: as joblib says; 0: none
     quiet: bool = True,  # False: also print a line an epoch
-    runs_at_once: int = 1,  # of a structure, stepped side by side in one process: what fills a GPU
+    runs_at_once: int = 1,  # stepped side by side in one process: what fills a GPU
     deadline: float = math.inf,  # stop after the epochs that end at this time.monotonic() or later
 ) -> list[dict | None]:  # their records, in the same order; None for a run that was stopped
     "Train what is not complete yet, one after the other or side by side."
@@ -1013,7 +1046,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
                         help="a setting that wins over the file's, such as -p epochs 3")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process")
     parser.add_argument("--runs-at-once", type=int, default=1, metavar="R",
-                        help="runs of a structure that are stepped side by side, on a GPU")
+                        help="runs that are stepped side by side, on a GPU")
     parser.add_argument("--dask", default="", metavar="ADDRESS",
                         help="scheduler of a Dask cluster that trains instead, such as tcp://host:8786")
     return parser.parse_args(arguments)

@@ -217,15 +217,21 @@ def triton_network(device: str) -> Iterator[Result]:
 # The training loop: train.Trainee, train.stepper
 
 
-def _trainees(method: str, count: int, device: str, splits: data.Splits, **settings) -> list:
-    "Runs of one structure with other seeds."
+def at_start(study: list[Run], device: str, splits: data.Splits) -> list:
+    "Runs at their start, on other images than their own."
     found = []
-    for seed in range(count):
-        run = Run(method=method, seed=seed, device=device, schedule="linear", **settings)
+    for run in study:
+        train.device_of(run)  # sets what training on a GPU sets
         model = run.work.build(run, len(splits.classes), None)
-        model = model.to(train.device_of(run), memory_format=torch.channels_last)
+        model = model.to(device, memory_format=torch.channels_last)
         found.append(train.Trainee(run, model, splits))
     return found
+
+
+def _trainees(method: str, count: int, device: str, splits: data.Splits, **settings) -> list:
+    "Runs of one structure with other seeds."
+    settings |= {"method": method, "device": device, "schedule": "linear"}
+    return at_start([Run(**settings, seed=seed) for seed in range(count)], device, splits)
 
 
 def _digits(device: str) -> tuple[data.Splits, dict]:
@@ -293,7 +299,7 @@ def falls(device: str) -> Iterator[Result]:
     yield Result("the loss falls", last <= 0.8 * first, figure, {"first": first, "last": last})
 
 
-def _noise_pictures(device: str, size: int, n: int) -> data.Splits:
+def noise_pictures(device: str, size: int, n: int) -> data.Splits:
     "As many random pictures as a training set has, for timing."
     x = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=core.generator(0, "x"))
     images = data.Images(x, torch.arange(n) % 10).to(device)
@@ -305,7 +311,7 @@ def _images_per_second(method: str, count: int, device: str) -> float:
     "Training images a second, all runs together."
     small = device == "cpu"
     size, batch, steps, model = (8, 32, 3, "resnet8") if small else (32, 256, 100, "resnet20")
-    splits = _noise_pictures(device, size, 320 if small else 45_000)
+    splits = noise_pictures(device, size, 320 if small else 45_000)
     settings = {"image_size": size, "batch_size": batch, "model": model}
     precision = "fp32" if small else "bf16"
     trainees = _trainees(method, count, device, splits, **settings, precision=precision, epochs=20)
@@ -357,14 +363,14 @@ CHECKS = tuple(Check(*one) for one in (
     ("versions", versions, 30),
     ("loss", loss, 30),
     ("network", network, 30),
-    ("captured", captured, 120),
+    ("captured", captured, 60),
     ("no_waiting", no_waiting, 60),
     ("falls", falls, 60),
     ("triton", triton, 60),
-    ("speed_losses", speed_losses, 90),
-    ("loss_speed", loss_speed, 40),
     ("triton_layers", triton_layers, 60),
     ("triton_network", triton_network, 120),
+    ("speed_losses", speed_losses, 90),
+    ("loss_speed", loss_speed, 40),
     ("speed_plain", speed_plain, 60),
     ("speed_gated", speed_gated, 60),
 ))

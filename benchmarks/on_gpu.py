@@ -1,12 +1,13 @@
 """A quarter of an hour on a borrowed GPU: checks first (stage A), then runs of presets until the deadline.
 
     python benchmarks/on_gpu.py [--out FOLDER] [--deadline SECONDS] [--resume FOLDER] [--runs-at-once R]
-                                [--no-checks] [--any-commit] PRESET.yaml ...
+                                [--checks SECONDS | --no-checks] [--any-commit] PRESET.yaml ...
     python benchmarks/on_gpu.py unpack FOLDER [--any-commit]
     python benchmarks/on_gpu.py --rehearse     # all of it on the CPU, on the digits, in minutes
 
-Every check is a process of its own with a limit of its own: a hang or a crash never ends the others. Runs are
-trained in the order of the presets, R of one structure at once, with a checkpoint every ten seconds; every
+Every check is a process of its own with a limit of its own: a hang or a crash never ends the others. What has
+to be compiled is compiled meanwhile, each structure of a network in a process of its own. Runs are trained in
+the order of the presets, R at once where they are equally long, with a checkpoint every ten seconds; every
 minute what they left is packed into the output folder (gpu_packing.py says how). `unpack` takes it up at
 home, `--resume` in the next visit. The tree over there has no .git: give BAS_COMMIT=$(git rev-parse HEAD).
 CIFAR-10 travels as data/cifar10.tar.xz, a tree {train,test}/<class>/*, which git ignores and the tool
@@ -16,6 +17,7 @@ carries; it is unpacked there, into memory:
     BAS_DATA=/dev/shm/data BAS_COMMIT=… python3 benchmarks/on_gpu.py params/04_cifar10/length-100.yaml
 """
 import argparse
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -31,6 +33,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("BAS_SAVE_EVERY", "10")  # seconds; bas_repro.train reads it when it is imported
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # in each of the processes that compile
 
 import torch
 
@@ -38,11 +41,12 @@ from bas_repro import core, runs, train
 from benchmarks import gpu_checks, gpu_packing
 
 PROCESSES = multiprocessing.get_context("forkserver")
-STAGE_A = 240.0  # seconds of all checks together
 PACKING = 20.0  # seconds before the deadline at which training stops: to end an epoch, to evaluate, to pack
 GRACE = 8.0  # seconds before the deadline at which training that has not stopped is killed
 LEAST = 20.0  # seconds of training without which a visit is not begun
 REPACK = 60.0  # seconds between packings
+LANES = 12  # processes that compile
+COMPILING = 150.0  # seconds for which training waits at most for what is compiled
 FAILED = 3  # exit code: some runs failed, all others were trained
 NEEDED = 64 * 2**20  # bytes that the output folder must have room for
 
@@ -52,6 +56,7 @@ class Visit(NamedTuple):
     out: Path  # where everything goes that is to come back
     end: float  # time.monotonic() of its deadline
     device: str  # cpu in a rehearsal
+    checks: float = 240.0  # seconds of all checks together
 
     @property
     def log(self) -> Path:
@@ -108,6 +113,52 @@ def serve() -> None:
     PROCESSES.set_forkserver_preload(["bas_repro.train", "benchmarks.gpu_checks"])
 
 
+# What has to be compiled
+
+
+def structures(queue: list[runs.Run]) -> list[runs.Run]:
+    "Of each structure of a network that is compiled, one run."
+    free = ("seed", "epochs", "gamma", "lam")
+    one = {}
+    for run in queue:
+        if run.compile == "yes" and not run.record():
+            one[str({name: value for name, value in run.identity.items() if name not in free})] = run
+    return list(one.values())
+
+
+def _compile(lane: list[runs.Run], visit: Visit, root: Path) -> None:
+    "In a child: compile the steps of some runs; all processes share what is left on disk."
+    _enter(visit, root)
+    torch.set_num_threads(1)
+    pictures = gpu_checks.noise_pictures(visit.device, 32, 1000)
+    for run in lane:
+        [trainee] = gpu_checks.at_start([run], visit.device, pictures)
+        train.begin(trainee)
+        train.step(trainee)
+
+
+def compile_ahead(queue: list[runs.Run], visit: Visit) -> list:
+    "Start processes that compile what a queue needs, each some of it, in its order."
+    needed = structures(queue)
+    lanes = [needed[i::LANES] for i in range(min(LANES, len(needed)))]
+    found = [PROCESSES.Process(target=_compile, args=(lane, visit, core.root())) for lane in lanes]
+    for process in found:
+        process.start()
+    return found
+
+
+def await_all(compiling: list, visit: Visit) -> None:
+    "Wait for what compiles, and end what is late."
+    began = time.monotonic()
+    for process in compiling:
+        process.join(max(0.0, min(began + COMPILING, visit.end - PACKING) - time.monotonic()))
+        _stop(process)
+    if compiling:
+        bad = sum(process.exitcode != 0 for process in compiling)
+        words = f"compiled by {len(compiling)} processes, of which {bad} failed"
+        visit.say(f"{words}; {time.monotonic() - began:.0f} s awaited")
+
+
 # Stage A
 
 
@@ -161,7 +212,7 @@ def _line(found: dict) -> str:
 def stage_a(visit: Visit) -> list[dict]:
     "Carry out all checks; bench.json has what is known after each."
     lines, table = [], []
-    end = min(time.monotonic() + STAGE_A, visit.end - PACKING - LEAST)
+    end = min(time.monotonic() + visit.checks, visit.end - PACKING - LEAST)
     for number, check in enumerate(gpu_checks.CHECKS):
         limit = min(check.seconds, end - time.monotonic())
         if limit > 1:
@@ -200,10 +251,14 @@ def queue_of(presets: list[str]) -> list[runs.Run]:
     return list(dict.fromkeys(run for path in presets for run in runs.preset(path).runs))
 
 
-def _train(groups: list, at, end: float, visit: Visit, root: Path) -> None:
+def _train(groups: list, at, end: float, visit: Visit, root: Path, ready) -> None:
     "In a child: train group after group, from number `at` on; an error of a run's own ends its group alone."
     _enter(visit, root)
     failed = False
+    first = groups[at.value][0]
+    with contextlib.suppress(ValueError, OSError):  # the sweep says so
+        first.work.read(first, train.device_of(first))
+    ready.wait()
     for number in range(at.value, len(groups)):
         at.value = number
         if time.monotonic() >= end:
@@ -240,15 +295,18 @@ def _follow(process, visit: Visit, packer: gpu_packing.Packer) -> None:
             _pack(visit, packer)
 
 
-def stage_b(visit: Visit, queue: list[runs.Run], at_once: int) -> bool:
+def stage_b(visit: Visit, queue: list[runs.Run], at_once: int, compiling: list) -> bool:
     "Train until the deadline and pack. Whether all went well."
     packer = gpu_packing.Packer(queue, visit.out)
     groups, end = train.groups(packer.queue, at_once), visit.end - PACKING
     before = {run.name: run.progress() for run in packer.queue}
-    at, code = PROCESSES.Value("i", 0), 0
+    at, code, ready = PROCESSES.Value("i", 0), 0, PROCESSES.Event()
     while at.value < len(groups) and time.monotonic() < end:
-        process = PROCESSES.Process(target=_train, args=(groups, at, end, visit, core.root()))
+        process = PROCESSES.Process(target=_train, args=(groups, at, end, visit, core.root(), ready))
         process.start()
+        await_all(compiling, visit)
+        compiling = []
+        ready.set()
         _follow(process, visit, packer)
         code = code or process.exitcode
         if process.exitcode in (0, FAILED):
@@ -325,13 +383,13 @@ def visit(options: argparse.Namespace, device: str, began: float) -> bool:
     _check_machine(device)
     _check_time(options)
     queue = queue_of(options.presets)
-    this = Visit(_check_place(options.out), began + options.deadline, device)
-    well = True
+    this = Visit(_check_place(options.out), began + options.deadline, device, options.checks)
+    well, compiling = True, compile_ahead(queue, this)
     if options.resume:
         well = take_up(options.resume, options.any_commit, this.say)
     if not options.no_checks:
         well = all(line["passed"] is not False for line in stage_a(this)) and well
-    return stage_b(this, queue, options.runs_at_once) and well
+    return stage_b(this, queue, options.runs_at_once, compiling) and well
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -342,7 +400,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default=os.environ.get("OUT"), help="what is to come back ($OUT)")
     parser.add_argument("--deadline", type=float, default=560, help="seconds of the whole visit (560)")
     parser.add_argument("--resume", metavar="FOLDER", help="with what came back from the visit before")
-    parser.add_argument("--runs-at-once", type=int, default=8, metavar="R", help="of one structure (8)")
+    parser.add_argument("--runs-at-once", type=int, default=8, metavar="R", help="that many side by side (8)")
+    parser.add_argument("--checks", type=float, default=240, metavar="SECONDS", help="of all checks (240)")
     parser.add_argument("--no-checks", action="store_true", help="stage B alone")
     parser.add_argument("--any-commit", action="store_true", help="also take up what another commit made")
     parser.add_argument("--rehearse", action="store_true", help="all of it on the CPU, in small")

@@ -130,13 +130,23 @@ def test_a_check_that_hangs_or_crashes_ends_alone(root):
 
 
 def test_groups():
-    "Runs of one structure, in the order of the queue."
+    "Runs of equal length in the order of the queue, whatever their networks; what changes in training, alone."
     queue = [runs.Run(**SETTINGS, method=method, seed=seed, epochs=epochs)
-             for epochs in (2, 3) for seed in range(3) for method in ("plain", "bas")]
-    groups = train.groups(queue, 2)
-    assert sum(groups, []) != queue and sorted(map(queue.index, sum(groups, []))) == list(range(len(queue)))
-    assert [len(group) for group in groups] == [2, 2, 1, 1, 2, 2, 1, 1]
-    assert all(len({(run.method.name, run.epochs) for run in group}) == 1 for group in groups)
+             for epochs in (4, 5) for seed in range(2) for method in ("plain", "fbs", "bas")]
+    groups = train.groups(queue, 3)
+    assert sorted(map(queue.index, sum(groups, []))) == list(range(len(queue)))
+    assert [len(group) for group in groups] == [3, 1, 1, 1, 3, 1, 1, 1]
+    assert all(len(group) == 1 for group in groups if any(run.method.name == "fbs" for run in group))
+    assert all(len({run.epochs for run in group}) == 1 for group in groups)
+
+
+def test_what_is_compiled_ahead():
+    "Each structure of a network once, whatever its seed, length and λ, and nothing that is not compiled."
+    methods = [("plain", {}), ("bas", {"lam": 0.5}), ("bas", {"lam": 0.2}), ("bas", {"target_macs": 0.5})]
+    queue = [runs.Run(**SETTINGS, method=method, seed=seed, compile=compiled, **own)
+             for seed in range(2) for method, own in methods for compiled in ("yes", "no")]
+    found = on_gpu.structures(queue)
+    assert len(found) == 3 and all(run.compile == "yes" for run in found)
 
 
 # Packing
