@@ -46,7 +46,7 @@ GRACE = 8.0  # seconds before the deadline at which training that has not stoppe
 LEAST = 20.0  # seconds of training without which a visit is not begun
 REPACK = 60.0  # seconds between packings
 LANES = 12  # processes that compile
-COMPILING = 150.0  # seconds for which training waits at most for what is compiled
+COMPILING = 45.0  # seconds for which training waits at most for what is compiled
 FAILED = 3  # exit code: some runs failed, all others were trained
 NEEDED = 64 * 2**20  # bytes that the output folder must have room for
 
@@ -118,7 +118,7 @@ def serve() -> None:
 
 def structures(queue: list[runs.Run]) -> list[runs.Run]:
     "Of each structure of a network that is compiled, one run."
-    free = ("seed", "epochs", "gamma", "lam")
+    free = ("seed", "epochs", "gamma", "lam", "gate_bias")
     one = {}
     for run in queue:
         if run.compile == "yes" and not run.record():
@@ -148,14 +148,13 @@ def compile_ahead(queue: list[runs.Run], visit: Visit) -> list:
 
 
 def await_all(compiling: list, visit: Visit) -> None:
-    "Wait for what compiles, and end what is late."
+    "Wait a while for what compiles; what is late goes on beside the training, which may come to it later."
     began = time.monotonic()
     for process in compiling:
         process.join(max(0.0, min(began + COMPILING, visit.end - PACKING) - time.monotonic()))
-        _stop(process)
     if compiling:
-        bad = sum(process.exitcode != 0 for process in compiling)
-        words = f"compiled by {len(compiling)} processes, of which {bad} failed"
+        ended = [process.exitcode for process in compiling if process.exitcode is not None]
+        words = f"{len(ended)} of {len(compiling)} that compile have ended, {sum(map(bool, ended))} badly"
         visit.say(f"{words}; {time.monotonic() - began:.0f} s awaited")
 
 
@@ -304,9 +303,9 @@ def stage_b(visit: Visit, queue: list[runs.Run], at_once: int, compiling: list) 
     while at.value < len(groups) and time.monotonic() < end:
         process = PROCESSES.Process(target=_train, args=(groups, at, end, visit, core.root(), ready))
         process.start()
-        await_all(compiling, visit)
-        compiling = []
-        ready.set()
+        if not ready.is_set():
+            await_all(compiling, visit)
+            ready.set()
         _follow(process, visit, packer)
         code = code or process.exitcode
         if process.exitcode in (0, FAILED):
@@ -314,6 +313,8 @@ def stage_b(visit: Visit, queue: list[runs.Run], at_once: int, compiling: list) 
         words = f"training died (exit code {process.exitcode}) in group {at.value + 1}"
         visit.say(f"error: {words}; on with the next")
         at.value += 1
+    for process in compiling:
+        _stop(process)
     packed = _pack(visit, packer)
     for line in packer.left:
         visit.say(line)
