@@ -232,12 +232,13 @@ def _git(
 # %% ../nbs/00_core.ipynb #a98cfdd0
 @functools.cache
 def code() -> dict:  # commit, and whether bas_repro/ had uncommitted changes: None if that cannot be told
-    "Which code this process runs, as it was at the first call."
+    "Which code this process runs, as it was at the first call; $BAS_COMMIT, where it is set, knows better."
     tracked = _git("ls-files", "bas_repro/core.py")
     commit = _git("rev-parse", "--verify", "HEAD")
-    if tracked and commit:
-        return {"commit": commit, "uncommitted": _git("status", "--porcelain", "--", "bas_repro") != ""}
-    return {"commit": os.environ.get("BAS_COMMIT") or "unknown", "uncommitted": None}
+    told = os.environ.get("BAS_COMMIT")
+    if told or not (tracked and commit):
+        return {"commit": told or "unknown", "uncommitted": None}
+    return {"commit": commit, "uncommitted": _git("status", "--porcelain", "--", "bas_repro") != ""}
 
 # %% ../nbs/00_core.ipynb #5422726f
 def _processor() -> str:

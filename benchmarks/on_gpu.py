@@ -46,7 +46,7 @@ GRACE = 8.0  # seconds before the deadline at which training that has not stoppe
 LEAST = 20.0  # seconds of training without which a visit is not begun
 REPACK = 60.0  # seconds between packings
 LANES = 12  # processes that compile
-COMPILING = 45.0  # seconds for which training waits at most for what is compiled
+COMPILING = 90.0  # seconds for which training waits at most for what is compiled
 FAILED = 3  # exit code: some runs failed, all others were trained
 NEEDED = 64 * 2**20  # bytes that the output folder must have room for
 
