@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'PAPER', 'SEGMENTATION', 'records', 'points', 'summary', 'look_of', 'unit', 'tradeoff', 'describe',
-           'compare', 'verdict', 'against_smaller', 'logs', 'curves', 'gamma_plot', 'fate_plot']
+           'compare', 'verdict', 'against_smaller', 'smaller', 'length_plot', 'logs', 'curves', 'gamma_plot',
+           'fate_plot']
 
 # %% ../nbs/03c_analysis.ipynb #a005b356
 import matplotlib.pyplot as plt
@@ -200,6 +201,9 @@ def describe(
     return f"{first.data}, {first.test_images:,} test images; {' or '.join(spans)}, {n}"
 
 # %% ../nbs/03c_analysis.ipynb #b56bba01
+_NEAR = 0.02  # MACs that differ by less than this share count as equal
+
+
 def _gain(
     ours: pd.DataFrame,  # rows of records(), of one seed and schedule
     theirs: pd.DataFrame,  # the other curve, likewise
@@ -210,7 +214,8 @@ def _gain(
     if not equal_macs:
         return ours[score].max() - theirs[score].max()
     ours = ours.sort_values("macs_mean")
-    within = theirs[theirs.macs_mean.between(ours.macs_mean.min(), ours.macs_mean.max())]
+    reach = ours.macs_mean.min() * (1 - _NEAR), ours.macs_mean.max() * (1 + _NEAR)
+    within = theirs[theirs.macs_mean.between(*reach)]
     if within.empty:
         return np.nan
     return float((np.interp(within.macs_mean, ours.macs_mean, ours[score]) - within[score]).mean())
@@ -284,14 +289,68 @@ def _words(row) -> str:  # a row of compare()
     return f"{row.difference:+.1%}{interval} at {row.steps:,} steps"
 
 # %% ../nbs/03c_analysis.ipynb #3efd23ef
+def _all_sizes(plain: pd.DataFrame) -> pd.DataFrame:
+    "The rows of those seeds, at each length, with which every size was trained."
+    sizes = plain.groupby(["steps", "seed"]).macs_mean.transform("nunique")
+    return plain[sizes == sizes.groupby(plain.steps).transform("max")]
+
+
 def against_smaller(
     ours: pd.DataFrame,  # rows of records()
     plain: pd.DataFrame,  # rows of records(): plain networks of several sizes
     score: str = "test_accuracy",
 ) -> pd.DataFrame:  # as from compare()
     "How far our points lie above the line through plain networks; empty where ours cost less than all."
-    lengths = compare(plain, ours, score)
+    lengths = compare(_all_sizes(plain), ours, score)
     return lengths.assign(difference=-lengths.difference)
+
+
+def smaller(
+    plain: pd.DataFrame,  # rows of records(): plain networks of several sizes
+    macs: float,  # of an image
+) -> pd.DataFrame:  # a row a length: steps, test_accuracy, accuracy_std, n
+    "The accuracy of plain networks at some MACs, on the line through their sizes."
+    rows = []
+    for (steps, seed), line in _all_sizes(plain).sort_values("macs_mean").groupby(["steps", "seed"]):
+        rows.append((steps, float(np.interp(macs, line.macs_mean, line.test_accuracy))))
+    found = pd.DataFrame(rows, columns=["steps", "accuracy"]).groupby("steps", as_index=False)
+    return found.agg(test_accuracy=("accuracy", "mean"), accuracy_std=("accuracy", "std"), n=("accuracy", "size"))
+
+# %% ../nbs/03c_analysis.ipynb #7c18a32c
+def length_plot(
+    columns: dict,  # heading → points (label, method, steps, test_accuracy, accuracy_std), differences (label, …)
+    title: str,
+):  # a matplotlib figure
+    "Accuracy at equal MACs against the length of training, and below it differences, as from compare()."
+    fig, axes = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 6.4), sharex=True, sharey="row",
+                             layout="constrained", squeeze=False)
+    for heading, (top, bottom) in zip(columns, axes.T):
+        points, differences = columns[heading]
+        for color, (label, rows) in zip(sns.color_palette("colorblind"), points.groupby("label", sort=False)):
+            marker, _ = methods.method(rows.method.iloc[0]).look
+            look = {"marker": marker, "linestyle": rows.line.iloc[0], "capsize": 3, "color": color}
+            top.errorbar(rows.steps, rows.test_accuracy * 100, rows.accuracy_std * 100, label=label, **look)
+        _draw_differences(bottom, differences)
+        top.set(title=heading, ylabel="top-1 accuracy on the test images (%)")
+        bottom.set(xlabel="steps of training", ylabel="difference in points of 100", xscale="log")
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7, frameon=False)
+        ax.label_outer()
+    fig.suptitle(title, fontsize=9)
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/03c_analysis.ipynb #b8ae5bd3
+def _draw_differences(ax, table: pd.DataFrame) -> None:
+    "Differences of one column, a line a label."
+    ax.axhline(0, color="0.3", lw=0.8)
+    for i, (label, rows) in enumerate(table.groupby("label", sort=False)):
+        look = {"marker": "osD^v"[i % 5], "capsize": 3, "color": sns.color_palette("dark")[i], "label": label}
+        ax.errorbar(rows.steps * 1.04 ** i, rows.difference * 100, rows.interval * 100, **look)
+    ends = table.difference.min() * 100 - 4, table.difference.max() * 100 + 4
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, ends[0]), min(high, ends[1]))
 
 # %% ../nbs/03c_analysis.ipynb #8a116752
 def logs(
