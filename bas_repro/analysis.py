@@ -72,7 +72,7 @@ def _row(run: Run) -> dict:
     if metrics is None:
         raise FileNotFoundError(f"{run.folder/'metrics.json'} is not there: train the run first")
     dial = runs.dial_of(run)
-    starts = {"start": ", from the plain weights", "weights": ", from published weights"}
+    starts = {"start": ", from the plain weights", "weights": ", from trained weights"}
     named = run.method.label + next((words for name, words in starts.items() if run.has(name)), "")
     setting = f"{runs.SETTINGS[dial].sign}={getattr(run, dial):g}" if dial else ""
     names = {"run": run.name, "network": _network(run), "named": named, "setting": setting}
@@ -318,7 +318,7 @@ def smaller(
 
 # %% ../nbs/03c_analysis.ipynb #7c18a32c
 def length_plot(
-    columns: dict,  # heading → points (label, method, steps, test_accuracy, accuracy_std), differences (label, …)
+    columns: dict,  # heading → points (label, method, line, steps, test_accuracy, accuracy_std), differences
     title: str,
 ):  # a matplotlib figure
     "Accuracy at equal MACs against the length of training, and below it differences, as from compare()."
@@ -333,6 +333,8 @@ def length_plot(
         _draw_differences(bottom, differences)
         top.set(title=heading, ylabel="top-1 accuracy on the test images (%)")
         bottom.set(xlabel="steps of training", ylabel="difference in points of 100", xscale="log")
+        bottom.set_xticks(sorted(set(points.steps)), [f"{n:,}" for n in sorted(set(points.steps))], minor=False)
+        bottom.minorticks_off()
     for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7, frameon=False)

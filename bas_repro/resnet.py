@@ -307,6 +307,11 @@ def _call(facts: dict) -> str:
     return f"{facts['model']}(num_classes={facts['classes']}, gated={facts['gated']}, width={facts['width']})"
 
 # %% ../nbs/02a_resnet.ipynb #f677cb64
+def _goes_in_half(t: torch.Tensor) -> bool:
+    "Whether a tensor is stored in half precision: a convolution, or a matrix that loses nothing by it."
+    return t.dim() == 4 or t.dim() == 2 and torch.equal(t, t.half().to(t.dtype))
+
+
 def save_weights(
     model: CifarResNet,  # trained; plain, or gated by gate()
     name: str,  # of the two files, such as CIFAR10_BAS_50
@@ -315,7 +320,7 @@ def save_weights(
     folder: str | Path = _WEIGHTS,  # where to
 ) -> Path:  # the file of weights; the card is beside it
     "Write a network's weights for release, and its card."
-    tensors = {key: t.half() if t.dim() == 4 else t for key, t in model.state_dict().items()}
+    tensors = {key: t.half() if _goes_in_half(t) else t for key, t in model.state_dict().items()}
     path = Path(folder) / f"{name}.safetensors"
     with whole(path) as part:
         save_file({key: t.contiguous() for key, t in tensors.items()}, part)

@@ -75,7 +75,7 @@ SETTINGS = {
     "width": Setting(int, "per-block width factor of the CIFAR networks (§5.1: 10 and 20)", 1, 1),
     "backbone": Setting(str, "PSPNet's backbone", "resnet18", choices=pspnet.BACKBONES),
     "dropout": Setting(float, "in PSPNet's heads (Zhao et al., 2017)", 0.1, 0, 1, "[)"),
-    "weights": Setting(str, "torchvision's to start from, such as IMAGENET1K_V1; for PSPNet also a file.pt"),
+    "weights": Setting(str, "released ones, or torchvision's, to start from; for PSPNet also a file.pt"),
     "start": Setting(str, "plain: from the weights of the plain run beside it", choices=("plain",)),
     # with which gates
     "method": Setting(str, "a key of methods.METHODS", "bas", choices=methods.METHODS),
@@ -164,11 +164,12 @@ _EVERY = (
 # %% ../nbs/03_runs.ipynb #38ad2e88
 def _check_classification(run) -> None:
     "Settings of classification that do not go together."
-    if run.has("weights") and run.settings["model"] in CIFAR_MODELS:
-        raise ValueError(f"weights={run.weights!r}: torchvision has none for {run.settings['model']}")
+    cifar, released = run.settings["model"] in CIFAR_MODELS, resnet.weight_names()
+    if run.has("weights") and cifar and run.weights not in released:
+        raise ValueError(f"weights={run.weights!r} is not released: choose one of {', '.join(released)}")
     if run.stream and not run.source.streams:
         raise ValueError(f"stream: {run.dataset} is held in memory; only imagenet can be streamed")
-    if run.width > 1 and run.settings["model"] not in CIFAR_MODELS:
+    if run.width > 1 and not cifar:
         raise ValueError(f"width={run.width}: only {', '.join(CIFAR_MODELS)} can be widened")
 
 

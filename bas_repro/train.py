@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORK', 'SAVE_EVERY', 'Seen', 'Length', 'Work', 'Plan', 'ledger', 'plan', 'process', 'losses', 'gradients', 'evaluate',
            'always_open', 'optimiser', 'processes', 'SyncedBatchNorm', 'compiled', 'State', 'Trainee', 'begin', 'step',
-           'stepper', 'fit', 'record', 'fate_table', 'device_of', 'trainee', 'train_together', 'train', 'groups',
-           'sweep', 'main']
+           'stepper', 'fit', 'record', 'fate_table', 'device_of', 'trainee', 'train_together', 'train', 'release',
+           'groups', 'sweep', 'main']
 
 # %% ../nbs/03a_train.ipynb #0622acaf
 import argparse
@@ -245,8 +245,10 @@ def _plain_weights(run: Run, quiet: bool) -> dict:  # a state_dict
 
 
 def _published(run: Run, classes: int) -> dict:  # a state_dict
-    "torchvision's weights, downloaded if they are not there. `ValueError` if it has none of that name."
+    "Released weights, or torchvision's, downloaded if they are not there. `ValueError` for an unknown name."
     name = run.settings["model"]
+    if name in runs.CIFAR_MODELS:
+        return runs.MODELS[name](classes, width=run.width, weights=run.weights).state_dict()
     try:
         weights = get_model(name, weights=run.weights).state_dict()
     except (KeyError, ValueError) as error:
@@ -889,6 +891,23 @@ def train(
 ) -> dict | None:  # the run's record, also in metrics.json; None if it stopped before its end
     "Train one run, or go on where it stopped, or return its record if it is complete."
     return train_together([run], quiet, until)[0]
+
+# %% ../nbs/03a_train.ipynb #c490fb9e
+def release(
+    run: Run,  # complete, of a CIFAR network, with its weights
+    name: str,  # of the two files, such as CIFAR10_BAS_50
+    text: str,  # two or three sentences about it
+    **folder,  # as in resnet.save_weights
+) -> Path:  # the file of weights; the card is beside it
+    "Release a run's network, with a card of its settings and of what it reaches as it is stored."
+    net, record = run.model(), run.record()
+    for p in net.parameters():
+        p.data = p.data.half().float() if p.dim() == 4 else p.data
+    splits = run.work.read(run, "cpu")
+    seen = evaluate(net, splits.test, splits.size)
+    found = {"test_accuracy": round(seen.scores["accuracy"], 4), "macs_mean": round(seen.rows.macs.mean())}
+    made = {key: record[key] for key in ("steps", "commit", "trained_on")}
+    return resnet.save_weights(net, name, run.identity | made | found, text, **folder)
 
 # %% ../nbs/03a_train.ipynb #b826f203
 @functools.lru_cache(maxsize=None)
