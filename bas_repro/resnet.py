@@ -6,7 +6,7 @@
 __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet38', 'resnet44', 'resnet56', 'resnet110', 'masked',
            'GatedBasicBlock', 'GatedBottleneck', 'run_blocks', 'blocks_of', 'ImageNetResNet', 'cifar_block',
            'CifarResNet', 'GatedLayer', 'gated_layers', 'gated_block', 'gate', 'weight_names', 'weight_card',
-           'save_weights', 'cifar_resnet', 'imagenet_resnet', 'resnet18', 'resnet34', 'resnet50']
+           'as_stored', 'save_weights', 'cifar_resnet', 'imagenet_resnet', 'resnet18', 'resnet34', 'resnet50']
 
 # %% ../nbs/02a_resnet.ipynb #d649e380
 import logging
@@ -307,9 +307,15 @@ def _call(facts: dict) -> str:
     return f"{facts['model']}(num_classes={facts['classes']}, gated={facts['gated']}, width={facts['width']})"
 
 # %% ../nbs/02a_resnet.ipynb #f677cb64
-def _goes_in_half(t: torch.Tensor) -> bool:
-    "Whether a tensor is stored in half precision: a convolution, or a matrix that loses nothing by it."
-    return t.dim() == 4 or t.dim() == 2 and torch.equal(t, t.half().to(t.dtype))
+def as_stored(
+    model: CifarResNet,  # trained
+    all_half: bool = False,  # vectors too
+) -> dict[str, torch.Tensor]:  # its state_dict
+    "A network's tensors for release: convolutions in half precision, and matrices that lose nothing by it."
+    def goes_in_half(t):
+        return t.dim() == 4 or t.dim() == 2 and torch.equal(t, t.half().float()) or all_half and t.dim() == 1
+
+    return {key: t.half() if goes_in_half(t) else t for key, t in model.state_dict().items()}
 
 
 def save_weights(
@@ -318,12 +324,12 @@ def save_weights(
     card: dict,  # method, data set, schedule, seed, commit, test accuracy, mean MACs, ...
     text: str,  # two or three sentences about it
     folder: str | Path = _WEIGHTS,  # where to
+    all_half: bool = False,  # as in as_stored
 ) -> Path:  # the file of weights; the card is beside it
     "Write a network's weights for release, and its card."
-    tensors = {key: t.half() if _goes_in_half(t) else t for key, t in model.state_dict().items()}
     path = Path(folder) / f"{name}.safetensors"
     with whole(path) as part:
-        save_file({key: t.contiguous() for key, t in tensors.items()}, part)
+        save_file({key: t.contiguous() for key, t in as_stored(model, all_half).items()}, part)
     size = {"parameters": sum(p.numel() for p in model.parameters()), "bytes": path.stat().st_size}
     settings = yaml.safe_dump(_facts(model) | card | size, sort_keys=False, allow_unicode=True)
     with whole(path.with_suffix(".md")) as part:

@@ -14,7 +14,7 @@ CIFAR-10 travels as data/cifar10.tar.xz, a tree {train,test}/<class>/*, which gi
 carries; it is unpacked there, into memory:
 
     mkdir -p /dev/shm/data/cifar10 && tar xf data/cifar10.tar.xz -C /dev/shm/data/cifar10 &&
-    BAS_DATA=/dev/shm/data BAS_COMMIT=… python3 benchmarks/on_gpu.py params/04_cifar10/length-100.yaml
+    BAS_DATA=/dev/shm/data BAS_COMMIT=… python3 benchmarks/on_gpu.py params/04_cifar10/length.yaml
 """
 import argparse
 import contextlib
