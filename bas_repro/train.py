@@ -638,13 +638,13 @@ def _calibrate(
     run: Run,  # with target_macs
     model: nn.Module,  # trained; changed in place
     splits: data.Splits,
-    most: int = 2000,  # held-out images that are looked at
+    n: int = 2000,  # images that are looked at
 ) -> None:
     "Shift the logits of all gates by one number, with which the mean image costs the budget."
     work, gating = run.work, [module for module in model.modules() if isinstance(module, run.method.gates)]
     costs = ledger(run, model, len(splits.classes), work.size(run, splits, "test"))
-    images = splits.val if len(splits.val) else splits.train
-    images = images.part(range(0, len(images), math.ceil(len(images) / most)))
+    images = splits.val if len(splits.val) >= n else splits.train
+    images = images.part(range(0, len(images), math.ceil(len(images) / n)))
 
     def move(by):
         for module in gating:
