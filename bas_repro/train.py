@@ -335,7 +335,9 @@ def _quantiles(
 
 
 def _watch(run: Run, model: nn.Module, splits: data.Splits, ledger: methods.Ledger, last: bool, epoch: int):
-    "The epoch's validation accuracy and MACs; the gates' quantiles (21, K)."
+    "The epoch's validation accuracy and MACs; the gates' quantiles (21, K). About 20 times in a run."
+    if not last and epoch % math.ceil(run.epochs / 20):
+        return {"val_accuracy": None, "macs": None}, None
     images = splits.val if len(splits.val) else splits.train.part(range(min(1000, len(splits.train))))
     seen = _evaluate(run, model, images, splits, ledger)
     accuracy = seen.scores["accuracy"] if len(splits.val) else None
@@ -795,16 +797,17 @@ def _fates(
 
 
 def fate_table(
-    shapes: torch.Tensor,  # (epochs, 21, K)
+    shapes: torch.Tensor,  # (E, 21, K)
+    epochs: list[int],  # of which E epochs they are, from 1
 ) -> pd.DataFrame:  # columns fate, gate, epoch, rank (0 to 1), probability
     "The four gates' distributions at up to six epochs, the first and the last among them."
-    epochs = torch.linspace(0, len(shapes) - 1, min(6, len(shapes))).round().int().tolist()
+    shown = torch.linspace(0, len(shapes) - 1, min(6, len(shapes))).round().int().tolist()
     ranks = torch.linspace(0, 1, shapes.shape[1]).tolist()
     rows = []
     for fate, gate in _fates(shapes[-1].float()).items():
-        for epoch in epochs:
-            probabilities = shapes[epoch, :, gate].float().tolist()
-            rows += [(fate, gate, epoch + 1, round(r, 3), round(p, 4)) for r, p in zip(ranks, probabilities)]
+        for i in shown:
+            probabilities = shapes[i, :, gate].float().tolist()
+            rows += [(fate, gate, epochs[i], round(r, 3), round(p, 4)) for r, p in zip(ranks, probabilities)]
     return pd.DataFrame(rows, columns=["fate", "gate", "epoch", "rank", "probability"])
 
 # %% ../nbs/03a_train.ipynb #dd9d38eb
@@ -813,7 +816,8 @@ def _write(t: Trainee, made: dict) -> None:
     run, work, state = t.run, t.plan.work, t.state
     if state.shapes and state.shapes[-1].shape[1]:
         with core.whole(run.folder/"gates.csv") as part:
-            fate_table(torch.stack(state.shapes)).to_csv(part, index=False)
+            watched = [row["epoch"] for row in state.log if row["macs"] is not None]
+            fate_table(torch.stack(state.shapes), watched).to_csv(part, index=False)
     core.write_state(run.folder/"model.pt", t.model.state_dict())
     costs = ledger(run, t.model, len(t.splits.classes), work.size(run, t.splits, "test"))
     seen = work.evaluate(run, t.model, t.splits.test, t.splits, costs)
