@@ -324,13 +324,15 @@ def length_plot(
     "Accuracy at equal MACs against the length of training, and below it differences, as from compare()."
     fig, axes = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 6.4), sharex=True, sharey="row",
                              layout="constrained", squeeze=False)
+    points, differences = (pd.concat(parts) for parts in zip(*columns.values()))
+    color = dict(zip(points.label.unique(), sns.color_palette("colorblind")))
+    looks = dict(zip(differences.label.unique(), zip(sns.color_palette("dark"), "osD^vX")))
     for heading, (top, bottom) in zip(columns, axes.T):
-        points, differences = columns[heading]
-        for color, (label, rows) in zip(sns.color_palette("colorblind"), points.groupby("label", sort=False)):
+        for label, rows in columns[heading][0].groupby("label", sort=False):
             marker, _ = methods.method(rows.method.iloc[0]).look
-            look = {"marker": marker, "linestyle": rows.line.iloc[0], "capsize": 3, "color": color}
+            look = {"marker": marker, "linestyle": rows.line.iloc[0], "capsize": 3, "color": color[label]}
             top.errorbar(rows.steps, rows.test_accuracy * 100, rows.accuracy_std * 100, label=label, **look)
-        _draw_differences(bottom, differences)
+        _draw_differences(bottom, columns[heading][1], looks)
         top.set(title=heading, ylabel="top-1 accuracy on the test images (%)")
         bottom.set(xlabel="steps of training", ylabel="difference in points of 100", xscale="log")
         bottom.set_xticks(sorted(set(points.steps)), [f"{n:,}" for n in sorted(set(points.steps))], minor=False)
@@ -344,11 +346,12 @@ def length_plot(
     return fig
 
 # %% ../nbs/03c_analysis.ipynb #b8ae5bd3
-def _draw_differences(ax, table: pd.DataFrame) -> None:
-    "Differences of one column, a line a label."
+def _draw_differences(ax, table: pd.DataFrame, looks: dict) -> None:
+    "Differences of one column, a line a label; `looks`: label → colour, marker."
     ax.axhline(0, color="0.3", lw=0.8)
     for i, (label, rows) in enumerate(table.groupby("label", sort=False)):
-        look = {"marker": "osD^v"[i % 5], "capsize": 3, "color": sns.color_palette("dark")[i], "label": label}
+        color, marker = looks[label]
+        look = {"marker": marker, "capsize": 3, "color": color, "label": label}
         ax.errorbar(rows.steps * 1.04 ** i, rows.difference * 100, rows.interval * 100, **look)
     ends = table.difference.min() * 100 - 4, table.difference.max() * 100 + 4
     low, high = ax.get_ylim()
