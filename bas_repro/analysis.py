@@ -314,7 +314,8 @@ def smaller(
     for (steps, seed), line in _all_sizes(plain).sort_values("macs_mean").groupby(["steps", "seed"]):
         rows.append((steps, float(np.interp(macs, line.macs_mean, line.test_accuracy))))
     found = pd.DataFrame(rows, columns=["steps", "accuracy"]).groupby("steps", as_index=False)
-    return found.agg(test_accuracy=("accuracy", "mean"), accuracy_std=("accuracy", "std"), n=("accuracy", "size"))
+    wanted = {"test_accuracy": ("accuracy", "mean"), "accuracy_std": ("accuracy", "std")}
+    return found.agg(**wanted, n=("accuracy", "size"))
 
 # %% ../nbs/03c_analysis.ipynb #7c18a32c
 def length_plot(
@@ -325,6 +326,7 @@ def length_plot(
     fig, axes = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 6.4), sharex=True, sharey="row",
                              layout="constrained", squeeze=False)
     points, differences = (pd.concat(parts) for parts in zip(*columns.values()))
+    spans = sorted(set(points.steps))
     color = dict(zip(points.label.unique(), sns.color_palette("colorblind")))
     looks = dict(zip(differences.label.unique(), zip(sns.color_palette("dark"), "osD^vX")))
     for heading, (top, bottom) in zip(columns, axes.T):
@@ -335,7 +337,7 @@ def length_plot(
         _draw_differences(bottom, columns[heading][1], looks)
         top.set(title=heading, ylabel="top-1 accuracy on the test images (%)")
         bottom.set(xlabel="steps of training", ylabel="difference in points of 100", xscale="log")
-        bottom.set_xticks(sorted(set(points.steps)), [f"{n:,}" for n in sorted(set(points.steps))], minor=False)
+        bottom.set_xticks(spans, [f"{steps:,}" for steps in spans])
         bottom.minorticks_off()
     for ax in axes.flat:
         ax.grid(alpha=0.3)

@@ -668,10 +668,10 @@ def _calibrate(
 def _end(t: Trainee, rates: list[tuple], seconds: float) -> None:
     "Enter an epoch into a run's state."
     epoch, log, shapes, row = len(t.state.log), t.state.log, t.state.shapes, _row(t, rates)
+    last = epoch + 1 == t.plan.length.epochs
+    if last and t.run.has("target_macs"):
+        _calibrate(t.run, t.model, t.splits)
     if process()[0] == 0:
-        last = epoch + 1 == t.plan.length.epochs
-        if last and t.run.has("target_macs"):
-            _calibrate(t.run, t.model, t.splits)
         seen, shape = t.plan.work.watch(t.run, t.model, t.splits, t.plan.ledger, last, epoch)
         row |= seen
         shapes = shapes if shape is None else [*shapes, shape]
