@@ -47,7 +47,7 @@ class Method:
     look: tuple[str, str]  # matplotlib's marker and line
     dial: str = ""  # the setting by which it trades accuracy for computation; "": there is none
     uses: tuple[str, ...] = ()  # its other settings
-    gates: tuple[type, ...] = ()  # modules whose parameters are its gates', and have no weight decay
+    gates: tuple[type, ...] = ()  # modules of its gates, without weight decay; for budgets with shift(by)
     convert: Callable = _as_it_is  # (plain network, run) → the same object with gates
     loss: Callable | None = None  # (run, ledger, gates, output, labels, strength) → scalar
     strength: Callable = _zero  # (run, moment) → what its loss is multiplied by

@@ -323,11 +323,11 @@ def save_weights(
     name: str,  # of the two files, such as CIFAR10_BAS_50
     card: dict,  # method, data set, schedule, seed, commit, test accuracy, mean MACs, ...
     text: str,  # two or three sentences about it
-    folder: str | Path = _WEIGHTS,  # where to
+    folder: str | Path | None = None,  # where to; None: among the released ones
     all_half: bool = False,  # as in as_stored
 ) -> Path:  # the file of weights; the card is beside it
     "Write a network's weights for release, and its card."
-    path = Path(folder) / f"{name}.safetensors"
+    path = Path(folder or _WEIGHTS) / f"{name}.safetensors"
     with whole(path) as part:
         save_file({key: t.contiguous() for key, t in as_stored(model, all_half).items()}, part)
     size = {"parameters": sum(p.numel() for p in model.parameters()), "bytes": path.stat().st_size}

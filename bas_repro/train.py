@@ -901,7 +901,7 @@ def release(
     run: Run,  # complete, of a CIFAR network, with its weights
     name: str,  # of the two files, such as CIFAR10_BAS_50
     text: str,  # two or three sentences about it
-    folder: str | Path | None = None,  # where to; None: the library's
+    folder: str | Path | None = None,  # where to; None: among the released ones
     all_half: bool = False,  # as in resnet.as_stored
 ) -> Path:  # the file of weights; the card is beside it
     "Release a run's network, with a card of its settings and of what it reaches as it is stored."
@@ -911,8 +911,7 @@ def release(
     seen = evaluate(net, splits.test, splits.size)
     found = {"test_accuracy": round(seen.scores["accuracy"], 4), "macs_mean": round(seen.rows.macs.mean())}
     made = {key: record[key] for key in ("data", "steps", "commit", "trained_on")}
-    where = {"folder": folder} if folder else {}
-    return resnet.save_weights(net, name, run.identity | made | found, text, **where, all_half=all_half)
+    return resnet.save_weights(net, name, run.identity | made | found, text, folder, all_half)
 
 # %% ../nbs/03a_train.ipynb #b826f203
 @functools.lru_cache(maxsize=None)
