@@ -77,6 +77,7 @@ SETTINGS = {
     "dropout": Setting(float, "in PSPNet's heads (Zhao et al., 2017)", 0.1, 0, 1, "[)"),
     "weights": Setting(str, "released ones, or torchvision's, to start from; for PSPNet also a file.pt"),
     "start": Setting(str, "plain: from the weights of the plain run beside it", choices=("plain",)),
+    "distill": Setting(float, "share of the loss by the scores of the network it starts from", None, 0, 1),
     # with which gates
     "method": Setting(str, "a key of methods.METHODS", "bas", choices=methods.METHODS),
     "bottleneck": Setting(str, "gates of a bottleneck", "one", choices=resnet.GatedBottleneck.GATED),
@@ -169,6 +170,8 @@ def _check_classification(run) -> None:
         raise ValueError(f"weights={run.weights!r} is not released: choose one of {', '.join(released)}")
     if run.stream and not run.source.streams:
         raise ValueError(f"stream: {run.dataset} is held in memory; only imagenet can be streamed")
+    if run.has("distill") and not (run.has("weights") or run.has("start")):
+        raise ValueError(f"distill={run.distill}: no network to learn from; give weights or start: plain")
     if run.width > 1 and not cifar:
         raise ValueError(f"width={run.width}: only {', '.join(CIFAR_MODELS)} can be widened")
 
@@ -217,7 +220,7 @@ TASKS = {
     "classification": Task(
         "classification",
         module="bas_repro.train",
-        settings=("model", "width", "stream", "epochs"),
+        settings=("model", "width", "stream", "epochs", "distill"),
         schedules={"paper": ("calendar", "lr_drops"), "linear": ("warmup",)},
         fall=_drops,
         network=_wide,

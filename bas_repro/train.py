@@ -89,6 +89,12 @@ class Plan(NamedTuple):
     length: Length
     ledger: methods.Ledger
     draws: list  # of gates.draws: the random numbers that its gates take for an image
+    teacher: nn.Module | None = None  # whose scores the run learns from, in evaluation mode
+
+
+def _beside(run: Run, **changes) -> Run:
+    "The plain run beside a run: the same settings but for the method, and some others."
+    return run.replace(method="plain", distill=None, **changes)
 
 
 def ledger(
@@ -98,7 +104,7 @@ def ledger(
     size: tuple[int, int],  # height and width of its images in pixels
 ) -> methods.Ledger:
     "What each layer of a run's network costs, and what the plain network beside it costs."
-    plain = run.work.build(run.replace(method="plain", weights=None), classes)
+    plain = run.work.build(_beside(run, weights=None), classes)
     return methods.Ledger(macs.gate_costs(model, (3, *size)), macs.dense_macs(plain, (3, *size)))
 
 
@@ -111,7 +117,8 @@ def plan(
     work = run.work
     costs = ledger(run, model, len(splits.classes), work.size(run, splits, "train"))
     drawn = gates.draws(resnet.blocks_of(model))
-    return Plan(run, work, work.length(run, len(splits.train)), costs, drawn)
+    teacher = _teacher(run, len(splits.classes), next(model.parameters()))
+    return Plan(run, work, work.length(run, len(splits.train)), costs, drawn, teacher)
 
 # %% ../nbs/03a_train.ipynb #1c6e5304
 def process() -> tuple[int, int]:  # rank from 0, number of processes
@@ -151,6 +158,22 @@ def _shaping(
         lam = lam * (len(samples) / len(p))
     return batch_shaping_loss(samples, lam=lam, reduction=run.shaping_reduction, check=False), memory
 
+# %% ../nbs/03a_train.ipynb #2eb1b598
+def _distillation(
+    out: torch.Tensor,  # (N, K) scores
+    taught: torch.Tensor,  # (N, K) the teacher's
+    temperature: float = 4.0,
+) -> torch.Tensor:
+    "How far softened scores are from the teacher's (Hinton et al., 2015)."
+    ours, theirs = ((z.float() / temperature).log_softmax(1) for z in (out, taught))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def _taught(plan: Plan, x: torch.Tensor) -> torch.Tensor | None:
+    "The teacher's scores, where there is one."
+    return plan.teacher(x) if plan.teacher else None
+
 # %% ../nbs/03a_train.ipynb #8782852d
 def losses(
     model: nn.Module,  # its output for (images, return_gates=True, noise=…) is (output, gates)
@@ -166,8 +189,10 @@ def losses(
     run, method = plan.run, plan.run.method
     with torch.autocast(x.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         out, gated = model(x, return_gates=True, noise=gates.cut(noise, plan.draws))
+        taught = _taught(plan, x)
     if dist.is_initialized():
         out, y, gated = _everyones(out, y, gated)
+        taught = None if taught is None else all_samples(taught, dist.group.WORLD)
     shaping = price = zero = torch.zeros((), device=x.device)
     if run.has("lam"):
         shaping, memory = _shaping(run, gated, lam, memory)
@@ -176,7 +201,10 @@ def losses(
     with torch.no_grad():
         opened = torch.cat([gate.value for gate in gated], 1).float().mean() if gated else zero + 1
         right = plan.work.right(out, y)
-    return torch.stack([plan.work.loss(run, out, y), shaping, price, right, opened]), memory
+    task = plan.work.loss(run, out, y)
+    if taught is not None:
+        task = torch.lerp(task, _distillation(out, taught), run.distill)
+    return torch.stack([task, shaping, price, right, opened]), memory
 
 # %% ../nbs/03a_train.ipynb #a1f9cfe9
 def gradients(
@@ -237,7 +265,7 @@ def _build(
 # %% ../nbs/03a_train.ipynb #fa8f8016
 def _plain_weights(run: Run, quiet: bool) -> dict:  # a state_dict
     "The weights that a warm start begins with."
-    plain = run.replace(method="plain")
+    plain = _beside(run)
     if plain.record() and not (plain.folder/"model.pt").exists():
         plain.out = plain.out/"train"
     train(plain, quiet)
@@ -262,6 +290,21 @@ def _start(run: Run, classes: int, quiet: bool) -> dict | None:  # a state_dict;
     if run.has("start"):
         return _plain_weights(run, quiet)
     return _published(run, classes) if run.has("weights") else None
+
+# %% ../nbs/03a_train.ipynb #fd5ea833
+def _teacher(
+    run: Run,
+    classes: int,
+    like: torch.Tensor,  # on the device and of the kind that its weights shall be
+) -> nn.Module | None:
+    "The plain network that a run starts from, in evaluation mode, where the run learns from its scores."
+    if not run.has("distill"):
+        return None
+    weights, net = _start(run, classes, True), run.work.build(_beside(run), classes)
+    if len(weights) < len(net.state_dict()):
+        raise ValueError(f"distill={run.distill}: {run.weights} has no scores for {classes} classes")
+    net.load_state_dict(weights)
+    return net.to(like, memory_format=torch.channels_last).eval()
 
 # %% ../nbs/03a_train.ipynb #c567cc16
 def _length(run: Run, images: int) -> Length:
@@ -923,7 +966,7 @@ def _weight(plain: Run) -> float:
 
 def _share_done(study: list[Run]) -> float:  # 0 to 100
     "How far some runs are together."
-    weights = [_weight(run.replace(method="plain", weights=None, seed=0)) for run in study]
+    weights = [_weight(_beside(run, weights=None, seed=0)) for run in study]
     return sum(weight * run.progress() for weight, run in zip(weights, study)) / sum(weights) * 100
 
 
@@ -1024,7 +1067,7 @@ def sweep(
         raise ValueError(f"runs_at_once={runs_at_once}: must be 1 or more")
     if jobs not in (1, None) and any(device_of(run) != "cpu" for run in study):
         jobs, runs_at_once = 1, max(jobs, runs_at_once)  # processes would only take turns on a GPU
-    starts = dict.fromkeys(run.replace(method="plain") for run in study if run.has("start"))
+    starts = dict.fromkeys(_beside(run) for run in study if run.has("start"))
     with _watching(study):
         _together(groups(list(starts), runs_at_once), jobs, quiet, deadline)
         records = _together(groups(study, runs_at_once), jobs, quiet, deadline)

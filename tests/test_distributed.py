@@ -25,6 +25,7 @@ BAS = Run(model="resnet8", epochs=5, batch_size=128, image_size=8, lr=0.02, refe
 RUNS = {
     "bas": BAS,
     "budget": BAS.replace(epochs=2, target_macs=0.3),  # this loss and the next are no means over images
+    "distill": BAS.replace(model="resnet20", epochs=1, weights="CIFAR10_RESNET20", distill=0.5),
     "aig": BAS.replace(epochs=2, method="aig", target=0.5),
     "segmentation": Run(dataset="scenes", image_size=32, crop=(32, 32), batch_size=8, steps=4, pooled=16,
                         dropout=0.0, lr=0.01, device="cpu"),
