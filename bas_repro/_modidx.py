@@ -710,7 +710,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                  'bas_repro.train._arguments': ('train.html#_arguments', 'bas_repro/train.py'),
                                  'bas_repro.train._attempt': ('train.html#_attempt', 'bas_repro/train.py'),
                                  'bas_repro.train._backend': ('train.html#_backend', 'bas_repro/train.py'),
-                                 'bas_repro.train._beside': ('train.html#_beside', 'bas_repro/train.py'),
                                  'bas_repro.train._build': ('train.html#_build', 'bas_repro/train.py'),
                                  'bas_repro.train._calibrate': ('train.html#_calibrate', 'bas_repro/train.py'),
                                  'bas_repro.train._can_be_captured': ('train.html#_can_be_captured', 'bas_repro/train.py'),

@@ -275,6 +275,8 @@ def _resolve(given: dict) -> dict:
     names = _used(task, methods.method(filled["method"]), filled["schedule"])
     if "target_macs" in names and not _not_given(filled["target_macs"]):
         names = tuple(name for name in names if name not in _INSTEAD)
+    if "start" not in names and _not_given(filled["weights"]):  # a plain network, from scratch
+        names = tuple(name for name in names if name != "distill")
     return {name: filled[name] for name in names if not _not_given(filled[name])}
 
 # %% ../nbs/03_runs.ipynb #ff46cfe1

@@ -92,11 +92,6 @@ class Plan(NamedTuple):
     teacher: nn.Module | None = None  # whose scores the run learns from, in evaluation mode
 
 
-def _beside(run: Run, **changes) -> Run:
-    "The plain run beside a run: the same settings but for the method, and some others."
-    return run.replace(method="plain", distill=None, **changes)
-
-
 def ledger(
     run: Run,
     model: nn.Module,  # of the run
@@ -104,7 +99,7 @@ def ledger(
     size: tuple[int, int],  # height and width of its images in pixels
 ) -> methods.Ledger:
     "What each layer of a run's network costs, and what the plain network beside it costs."
-    plain = run.work.build(_beside(run, weights=None), classes)
+    plain = run.work.build(run.replace(method="plain", weights=None), classes)
     return methods.Ledger(macs.gate_costs(model, (3, *size)), macs.dense_macs(plain, (3, *size)))
 
 
@@ -265,7 +260,7 @@ def _build(
 # %% ../nbs/03a_train.ipynb #fa8f8016
 def _plain_weights(run: Run, quiet: bool) -> dict:  # a state_dict
     "The weights that a warm start begins with."
-    plain = _beside(run)
+    plain = run.replace(method="plain")
     if plain.record() and not (plain.folder/"model.pt").exists():
         plain.out = plain.out/"train"
     train(plain, quiet)
@@ -300,7 +295,7 @@ def _teacher(
     "The plain network that a run starts from, in evaluation mode, where the run learns from its scores."
     if not run.has("distill"):
         return None
-    weights, net = _start(run, classes, True), run.work.build(_beside(run), classes)
+    weights, net = _start(run, classes, True), run.work.build(run.replace(method="plain"), classes)
     if len(weights) < len(net.state_dict()):
         raise ValueError(f"distill={run.distill}: {run.weights} has no scores for {classes} classes")
     net.load_state_dict(weights)
@@ -966,7 +961,7 @@ def _weight(plain: Run) -> float:
 
 def _share_done(study: list[Run]) -> float:  # 0 to 100
     "How far some runs are together."
-    weights = [_weight(_beside(run, weights=None, seed=0)) for run in study]
+    weights = [_weight(run.replace(method="plain", weights=None, seed=0)) for run in study]
     return sum(weight * run.progress() for weight, run in zip(weights, study)) / sum(weights) * 100
 
 
@@ -1067,7 +1062,7 @@ def sweep(
         raise ValueError(f"runs_at_once={runs_at_once}: must be 1 or more")
     if jobs not in (1, None) and any(device_of(run) != "cpu" for run in study):
         jobs, runs_at_once = 1, max(jobs, runs_at_once)  # processes would only take turns on a GPU
-    starts = dict.fromkeys(_beside(run) for run in study if run.has("start"))
+    starts = dict.fromkeys(run.replace(method="plain") for run in study if run.has("start"))
     with _watching(study):
         _together(groups(list(starts), runs_at_once), jobs, quiet, deadline)
         records = _together(groups(study, runs_at_once), jobs, quiet, deadline)
