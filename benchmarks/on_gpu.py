@@ -118,7 +118,7 @@ def serve() -> None:
 
 def structures(queue: list[runs.Run]) -> list[runs.Run]:
     "Of each structure of a network that is compiled, one run."
-    free = ("seed", "epochs", "gamma", "lam", "gate_bias")
+    free = ("seed", "epochs", "lr", "weights", "gamma", "lam", "gate_bias")
     one = {}
     for run in queue:
         if run.compile == "yes" and not run.record():
