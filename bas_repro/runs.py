@@ -120,7 +120,7 @@ SETTINGS = {
     "compile": Setting(str, "torch.compile; auto: from 1,500 steps", "auto", choices=("auto", "yes", "no")),
     "device": Setting(str, "cpu, cuda, …; cuda where there is one and nothing is given"),
 }
-_MACHINE = ("data_root", "workers", "compile", "device")  # these leave a run's numbers as they are
+_MACHINE = ("data_root", "workers", "compile", "device")  # where and how a run is computed: not in its name
 
 # %% ../nbs/03_runs.ipynb #d410e4a6
 def _drops(run, progress: float) -> float:
@@ -414,7 +414,7 @@ def of(
     settings: dict,  # as a record or params.yaml has them
     out: str | Path | None = None,  # folder of runs
 ) -> Run:
-    "The run of stored settings. In records from before December 2026 a setting that was off is a 0."
+    "The run of stored settings. In the oldest records a setting that was off is a 0."
     off = {"image_size": 0, "pooled": 0, "target_macs": 0.0}
     given = {name: value for name, value in settings.items() if name not in off or value}
     return Run(out, **given)

@@ -7,7 +7,7 @@
 
 Every check is a process of its own with a limit of its own: a hang or a crash never ends the others. What has
 to be compiled is compiled meanwhile, each structure of a network in a process of its own. Runs are trained in
-the order of the presets, R at once where they are equally long, with a checkpoint every ten seconds; every
+the order of the presets, R at once where they are equally long, with a checkpoint after an epoch, every ten seconds at most; every
 minute what they left is packed into the output folder (gpu_packing.py says how). `unpack` takes it up at
 home, `--resume` in the next visit. The tree over there has no .git: give BAS_COMMIT=$(git rev-parse HEAD).
 CIFAR-10 travels as data/cifar10.tar.xz, a tree {train,test}/<class>/*, which git ignores and the tool

@@ -11,7 +11,7 @@ and are timed by events; medians. Goals: at most 0.65 of the best dense engine a
     TRITON_INTERPRET=1 python benchmarks/triton_kernel.py   # no GPU: a tiny dry run, untimed
 
 `layer_check`, `network_check` and `network_times` return plain numbers for other scripts; times are None
-without CUDA. Nothing here has run on a GPU yet.
+without CUDA. Checks and layers have run on an H200 (outputs/07_timing/gpu), the network has not been timed.
 """
 import argparse
 from functools import partial
