@@ -223,9 +223,7 @@ def _gain(
 
 def _interval(values: pd.Series) -> float:
     "Half the 95% interval of a mean; NaN for one value."
-    if len(values) < 2:
-        return np.nan
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values)))
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
 
 # %% ../nbs/03c_analysis.ipynb #fceebd6f
 def compare(

@@ -301,13 +301,22 @@ def _find_tree(root: Path, names: tuple, part: str) -> Path:
     where, remedy = " or ".join(map(str, places)), "set data_root or $BAS_DATA"
     raise FileNotFoundError(f"no data set in {where}: there must be a folder '{part}'; {remedy}")
 
+
+def _read_parts(tree: Path, parts: tuple, size: int, read: Callable = read_tree) -> tuple:
+    "Its training pictures, its test pictures, and the classes, which must be the same."
+    (train, classes), (test, others) = (read(tree/part, size) for part in parts)
+    if classes != others:
+        which = sorted(set(classes) ^ set(others))[:3]
+        raise ValueError(f"{tree}: {' and '.join(parts)} have different classes: {which}")
+    return train, test, classes
+
 # %% ../nbs/03_data.ipynb #9e774459
 def _cifar10(root: Path, size: int, holdout: float) -> tuple[Images, Images, Images, tuple]:
     "torchvision's CIFAR-10 if it is there; else a tree `{train,test}/<class>/*`; else it is downloaded."
     tree = any((place/"test").is_dir() for place in (root/"cifar10", root))
     if tree and not (root/"cifar-10-batches-py").is_dir():
         folder = _find_tree(root, ("cifar10",), "test")
-        (train, classes), (test, _) = (read_tree(folder/part, size) for part in ("train", "test"))
+        train, test, classes = _read_parts(folder, ("train", "test"), size)
         return *split(train, holdout), test, classes
     try:
         parts = [datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
@@ -321,7 +330,7 @@ def _cifar10(root: Path, size: int, holdout: float) -> tuple[Images, Images, Ima
 # %% ../nbs/03_data.ipynb #7b216dbd
 def _cifar10_label(classes: tuple, root: Path) -> str:
     "CIFAR-10, and whether its images went through JPEG, which costs accuracy."
-    first = next((root/"cifar10").glob("train/*/*"), Path())
+    first = next((file for place in (root/"cifar10", root) for file in place.glob("train/*/*")), Path())
     encoded = first.suffix.lower() in (".jpg", ".jpeg") and not (root/"cifar-10-batches-py").is_dir()
     return "CIFAR-10 (JPEG)" if encoded else "CIFAR-10"
 
@@ -340,10 +349,7 @@ def _imagenet(root: Path, size: int, holdout: float, stream: bool = False) -> tu
     "A tree `{train,val}/<class>/*`, such as ImageNet or Imagenette; its `val` is what the paper reports on."
     tree = _find_tree(root, ("imagenet", "imagenette"), "val")
     read = list_tree if stream else read_tree
-    (train, classes), (test, others) = (read(tree/part, round(size * 8 / 7)) for part in ("train", "val"))
-    if classes != others:
-        which = sorted(set(classes) ^ set(others))[:3]
-        raise ValueError(f"{tree}: train and val have different classes: {which}")
+    train, test, classes = _read_parts(tree, ("train", "val"), round(size * 8 / 7), read)
     return *split(train, holdout), test, classes
 
 # %% ../nbs/03_data.ipynb #6c3d65f4

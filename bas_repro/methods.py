@@ -120,11 +120,6 @@ def _annealed(run, moment: Moment) -> float:
     "§5: λ falls linearly to zero at `lam_until`."
     return gates.lam_at(moment.epoch, run.lam, run.lam_until)
 
-
-def _fixed(run, moment: Moment) -> float:
-    "§5: 'a fixed λ = 0.75 for the entire training'."
-    return gates.lam_at(moment.epoch, run.lam)
-
 # %% ../nbs/02g_methods.ipynb #c2258ac5
 def _milestones(run) -> None:
     "The loss of the gates must begin before it is full."
@@ -149,7 +144,7 @@ add(Method(
 add(Method(
     "shaping", "batch-shaping only", "batch-shaping alone with fixed λ (§5)", look=("^", ""),
     dial="lam", uses=("shaping_reduction", "pooled", *_GATE), gates=(gates.GatingModule,),
-    convert=_channel_gates, lam=_fixed, static=True,
+    convert=_channel_gates, lam=lambda run, moment: run.lam, static=True,
 ))
 
 # %% ../nbs/02g_methods.ipynb #959ecc3a
@@ -213,12 +208,6 @@ add(Method(
 ))
 
 # %% ../nbs/02g_methods.ipynb #566cedc4
-def _sgad_price(run, moment: Moment) -> float:
-    "The price of running all blocks, grown and scaled as γ is."
-    full = gates.scaled_gamma(run.gamma, moment.steps, run.reference_steps or moment.steps)
-    return gates.gamma_at(moment.epoch, full, run.gamma_from, run.gamma_full)
-
-
 add(Method(
     "sgad", "SGAD-style", "blocks dropped under the guidance of the input's difficulty", look=("P", ":"),
     dial="gamma",
@@ -226,7 +215,7 @@ add(Method(
     gates=(baselines.GuidedGate, baselines.Guideline),
     convert=lambda net, run: baselines.sgad(net),
     loss=lambda run, ledger, gated, out, y, strength: baselines.sgad_loss(gated, out, y, strength),
-    strength=_sgad_price, check=_milestones,
+    strength=_growing, check=_milestones,
 ))
 
 # %% ../nbs/02g_methods.ipynb #2eec1842
@@ -255,7 +244,7 @@ def _fbs_check(run) -> None:
     "The last epoch must have the density that was asked for."
     _inner_share(run)
     _milestones(run)
-    if _density(run, (1 - 1 / run.epochs) * run.calendar) > run.target:
+    if _density(run, (1 - 1 / run.epochs) * run.calendar) > run.target + 1e-9:
         raise ValueError(f"epochs={run.epochs}: fbs lowers its density between epochs, and would end above "
                          f"target={run.target}; give more epochs")
 

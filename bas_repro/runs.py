@@ -30,7 +30,7 @@ class Setting:
     default: object = None  # its value where none is given
     low: float = -math.inf  # its smallest value
     high: float = math.inf  # its largest
-    ends: str = "[]"  # "[]": both may be reached; "[)": the largest not
+    ends: str = "[]"  # "[]": both may be reached; "[)": the largest not; "(]": the smallest not
     choices: object = ()  # a text's values, or a table whose keys they are
     sign: str = ""  # in figures
     mark: str = ""  # in names of folders
@@ -39,7 +39,7 @@ class Setting:
     def range(self) -> str:
         "The values in words."
         if self.high < math.inf:
-            words = {"[]": "from {:g} to {:g}", "[)": "from {:g} to below {:g}"}
+            words = {"[]": "from {:g} to {:g}", "[)": "from {:g} to below {:g}", "(]": "above {:g}, to {:g}"}
             return words[self.ends].format(self.low, self.high)
         return f"{self.low:g} or more" if self.low > -math.inf else "a finite number"
 
@@ -47,12 +47,15 @@ class Setting:
         "The value as its kind. `TypeError` or `ValueError` in one line that says what would be right."
         value = core.typed(name, value, self.kind)
         if self.kind is tuple:
+            if not all(map(math.isfinite, value)):
+                raise ValueError(f"{name}={list(value)}: must be finite numbers")
             return tuple(map(float, value))
         if self.choices and value not in self.choices:
             raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(self.choices)}")
         if self.kind in (int, float):
             inside = self.low <= value <= self.high and math.isfinite(value)
-            if not inside or (self.ends == "[)" and value == self.high):
+            end = {"[)": self.high, "(]": self.low}.get(self.ends)  # that may not be reached
+            if not inside or value == end:
                 raise ValueError(f"{name}={value}: must be {self.range}")
         return value
 
@@ -77,14 +80,15 @@ SETTINGS = {
     "dropout": Setting(float, "in PSPNet's heads (Zhao et al., 2017)", 0.1, 0, 1, "[)"),
     "weights": Setting(str, "released ones, or torchvision's, to start from; for PSPNet also a file.pt"),
     "start": Setting(str, "plain: from the weights of the plain run beside it", choices=("plain",)),
-    "distill": Setting(float, "share of the loss by the scores of the network it starts from", None, 0, 1),
+    "distill": Setting(float, "share of the loss by the scores of the network it starts from", None,
+                       0, 1, "(]"),
     # with which gates
     "method": Setting(str, "a key of methods.METHODS", "bas", choices=methods.METHODS),
     "bottleneck": Setting(str, "gates of a bottleneck", "one", choices=resnet.GatedBottleneck.GATED),
     "gate_bias": Setting(float, "start of the gates' last bias, in logits; 0 opens half of the gates", 0.0),
     "gamma": Setting(float, "γ of Eq. 5 in the paper's units; SGAD's price", 0.1, 0, sign="γ", mark="g"),
     "target_macs": Setting(float, "share of the plain network's MACs to train to, not gamma, target", None,
-                           0, 1, sign="MACs", mark="m"),
+                           0, 1, "(]", sign="MACs", mark="m"),
     "lam": Setting(float, "strength of batch-shaping, Eq. 2", 0.75, 0, sign="λ", mark="l"),
     "target": Setting(float, "share of the images that run a block (AIG), of a layer's channels (FBS)", 0.6,
                       0, 1, sign="t", mark="t"),
@@ -186,9 +190,6 @@ def _check_segmentation(run) -> None:
     if run.batch_size % run.accumulate or run.batch_size // run.accumulate < 2:
         raise ValueError(f"accumulate={run.accumulate}: a batch of {run.batch_size} must fall into equal "
                          "parts of at least 2, which BatchNorm needs")
-    if run.has("weights") and is_file(run.weights) and not Path(run.weights).is_file():
-        raise ValueError(f"weights={run.weights!r}: no such file; give a file of a ResNet's state_dict, "
-                         "or torchvision's name of its weights")
 
 
 def is_file(
@@ -496,7 +497,8 @@ def is_paper(
     "Whether a run has Appendix B's settings of its data set."
     paper = run.source.paper
     same = all(run.settings.get(name, value) == value for name, value in paper.items())
-    return bool(paper) and same and steps == run.source.settings.get("reference_steps", paper.get("steps"))
+    length = run.source.settings.get("reference_steps", paper.get("steps"))
+    return bool(paper) and same and steps == length and not run.has("distill")
 
 # %% ../nbs/03_runs.ipynb #06759054
 def grid(
@@ -604,6 +606,7 @@ def read_preset(
 
 def preset(
     path: str | Path,  # params/<notebook>/<name>.yaml
+    /,
     **others,  # settings that win over the file's; None: not given
 ) -> Study:
     "The study that a preset stands for, all its runs checked."

@@ -39,28 +39,37 @@ def load_backbone(
     net.load_state_dict({name: state[name] for name in wanted}, strict=False)
 
 
-def _backbone(run: Run) -> nn.Module:
-    "The run's ResNet, gated by its method, with torchvision's weights where it names them."
-    named = run.has("weights") and not runs.is_file(run.weights)
+def _backbone(run: Run, weights: str | None) -> nn.Module:
+    "The run's ResNet, gated by its method, with torchvision's weights of that name."
     try:
-        plain = resnet.imagenet_resnet(run.backbone, 1000, weights=run.weights if named else None)
+        plain = resnet.imagenet_resnet(run.backbone, 1000, weights=weights)
     except KeyError:
-        raise ValueError(f"weights={run.weights!r} is not known for {run.backbone}: give torchvision's name, "
+        raise ValueError(f"weights={weights!r} is not known for {run.backbone}: give torchvision's name, "
                          "such as IMAGENET1K_V1, or a file.pt") from None
     return run.method.convert(plain, run)
+
+
+def _start(run: Run, classes: int, quiet: bool) -> str | None:
+    "The weights that a run starts from: a file, or torchvision's name. `ValueError` for no such file."
+    weights = run.settings.get("weights")
+    if weights and runs.is_file(weights) and not Path(weights).is_file():
+        raise ValueError(f"weights={weights!r}: no such file; give a file of a ResNet's state_dict, "
+                         "or torchvision's name of its weights")
+    return weights
 
 
 def build(
     run: Run,
     classes: int,  # void not among them
-    weights: None = None,  # a run's start is among its settings here
+    weights: str | None = None,  # to start from: a file, or torchvision's name of them
 ) -> pspnet.PSPNet:
     "The network of a run as it is before the first step."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(core.stream(run.seed, "initialisation"))
-        net = pspnet.PSPNet(_backbone(run), classes, run.dropout)
-    if run.has("weights") and runs.is_file(run.weights):
-        load_backbone(net, run.weights)
+        file = weights is not None and runs.is_file(weights)
+        net = pspnet.PSPNet(_backbone(run, None if file else weights), classes, run.dropout)
+    if file:
+        load_backbone(net, weights)
     return net
 
 # %% ../nbs/03f_segmentation.ipynb #590a0c89
@@ -218,7 +227,7 @@ def _line(record: dict) -> str:
 
 
 WORK = Work(
-    _read, build, lambda run, classes, quiet: None, _size, _length, _progress, _feed,
+    _read, build, _start, _size, _length, _progress, _feed,
     _loss, _count, _right, _evaluate, _watch, _leave, _line,
 )
 

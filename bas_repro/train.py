@@ -89,7 +89,7 @@ class Plan(NamedTuple):
     length: Length
     ledger: methods.Ledger
     draws: list  # of gates.draws: the random numbers that its gates take for an image
-    teacher: nn.Module | None = None  # whose scores the run learns from, in evaluation mode
+    teacher: nn.Module | None = None  # whose scores the run learns from, as it is
 
 
 def ledger(
@@ -99,7 +99,7 @@ def ledger(
     size: tuple[int, int],  # height and width of its images in pixels
 ) -> methods.Ledger:
     "What each layer of a run's network costs, and what the plain network beside it costs."
-    plain = run.work.build(run.replace(method="plain", weights=None), classes)
+    plain = run.work.build(run.replace(method="plain"), classes)
     return methods.Ledger(macs.gate_costs(model, (3, *size)), macs.dense_macs(plain, (3, *size)))
 
 
@@ -163,12 +163,6 @@ def _distillation(
     ours, theirs = ((z.float() / temperature).log_softmax(1) for z in (out, taught))
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
-
-@torch.no_grad()
-def _taught(plan: Plan, x: torch.Tensor) -> torch.Tensor | None:
-    "The teacher's scores, where there is one."
-    return plan.teacher(x) if plan.teacher else None
-
 # %% ../nbs/03a_train.ipynb #8782852d
 def losses(
     model: nn.Module,  # its output for (images, return_gates=True, noise=…) is (output, gates)
@@ -184,7 +178,7 @@ def losses(
     run, method = plan.run, plan.run.method
     with torch.autocast(x.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         out, gated = model(x, return_gates=True, noise=gates.cut(noise, plan.draws))
-        taught = _taught(plan, x)
+        taught = plan.teacher(x) if plan.teacher else None
     if dist.is_initialized():
         out, y, gated = _everyones(out, y, gated)
         taught = None if taught is None else all_samples(taught, dist.group.WORLD)
@@ -219,11 +213,13 @@ def gradients(
         parts, memory = loss(model, x, y, noise, lam, strength, memory, plan)
         parts[:3].sum().backward()
         return parts.detach(), memory
-    sums, known = torch.zeros(5, device=x.device), plan.work.labels(y)
-    for part_x, part_y, part_noise in zip(x.chunk(n), y.chunk(n), noise.view(n, -1)):
+    counts = torch.stack([plan.work.labels(part) for part in y.chunk(n)])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    sums, equal = torch.zeros(5, device=x.device), torch.full_like(counts[0], 1 / n)
+    split = x.chunk(n), y.chunk(n), noise.view(n, -1), counts / counts.sum()
+    for part_x, part_y, part_noise, ours in zip(*split):
         parts, memory = loss(model, part_x, part_y, part_noise, lam, strength, memory, plan)
-        ours = plan.work.labels(part_y) / known
-        equal = torch.full_like(ours, 1 / n)
         share = torch.stack([ours, equal, equal, ours, equal])
         (share * parts)[:3].sum().backward()
         sums += share * parts.detach()
@@ -258,11 +254,17 @@ def _build(
         return run.method.convert(net, run)
 
 # %% ../nbs/03a_train.ipynb #fa8f8016
-def _plain_weights(run: Run, quiet: bool) -> dict:  # a state_dict
-    "The weights that a warm start begins with."
+def _beside(run: Run) -> Run:
+    "The plain run that a warm start begins with: a copy, where its record has come without weights."
     plain = run.replace(method="plain")
     if plain.record() and not (plain.folder/"model.pt").exists():
         plain.out = plain.out/"train"
+    return plain
+
+
+def _plain_weights(run: Run, quiet: bool) -> dict:  # a state_dict
+    "The weights that a warm start begins with."
+    plain = _beside(run)
     train(plain, quiet)
     return core.read_state(plain.folder/"model.pt", "the weights of a run")
 
@@ -295,11 +297,11 @@ def _teacher(
     "The plain network that a run starts from, in evaluation mode, where the run learns from its scores."
     if not run.has("distill"):
         return None
-    weights, net = _start(run, classes, True), run.work.build(run.replace(method="plain"), classes)
+    weights, net = run.work.start(run, classes, True), run.work.build(run.replace(method="plain"), classes)
     if len(weights) < len(net.state_dict()):
         raise ValueError(f"distill={run.distill}: {run.weights} has no scores for {classes} classes")
     net.load_state_dict(weights)
-    return net.to(like, memory_format=torch.channels_last).eval()
+    return net.to(like, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 # %% ../nbs/03a_train.ipynb #c567cc16
 def _length(run: Run, images: int) -> Length:
@@ -339,12 +341,13 @@ def evaluate(
     images,  # data.Images or data.Files, on the model's device
     size: int,  # pixels a side that the network sees
     precision: str = "fp32",  # fp32, or bf16 autocast
-    batch_size: int | None = None,  # None: 500, on a GPU 5,000
+    batch_size: int | None = None,  # None: 500, on a GPU 5,000; fewer of more than 32 pixels
     costs: list | None = None,  # of macs.gate_costs at that size; None: made here
 ) -> Seen:
     "What a network that classifies makes of each image, in evaluation mode."
     costs = costs or macs.gate_costs(model, (3, size, size))
-    batch_size = batch_size or (5000 if torch.device(images.device).type == "cuda" else 500)
+    most = 5000 if torch.device(images.device).type == "cuda" else 500
+    batch_size = batch_size or math.ceil(most * min(1, 32**2 / size**2))
     parts = []
     with macs.evaluating(model):
         for x, y in data.batches(images, torch.arange(len(images)).split(batch_size)):
@@ -425,12 +428,12 @@ def optimiser(
     run: Run,
 ) -> torch.optim.SGD:
     "Nesterov SGD (Appendix B) with two groups: the method's gates (no decay by default) and the rest."
-    gating = {id(p) for p in methods.gate_parameters(model, run.method)}
-    body = [p for p in model.parameters() if id(p) not in gating]
+    gating = methods.gate_parameters(model, run.method)
+    theirs = {id(p) for p in gating}
+    body = [p for p in model.parameters() if id(p) not in theirs]
     groups = [{"params": body, "weight_decay": run.weight_decay}]
     if gating:
-        own = [p for p in model.parameters() if id(p) in gating]
-        groups.append({"params": own, "weight_decay": run.gate_weight_decay})
+        groups.append({"params": gating, "weight_decay": run.gate_weight_decay})
     options = {"momentum": run.momentum, "nesterov": run.momentum > 0, "fused": True}
     opt = torch.optim.SGD(groups, lr=run.lr, **options)
     for p in model.parameters():
@@ -557,7 +560,8 @@ class Trainee:
         self.device, self.dtype = one.device, torch.promote_types(one.dtype, torch.float32)
         self.net = model if process()[1] == 1 else nn.parallel.DistributedDataParallel(model)
         self.loss, self.feed = compiled(self.plan), run.work.feed(run, splits, self.device)
-        self.random, self.memory = _generator(run, self.device), self.state.memory
+        memory = self.state.memory
+        self.random, self.memory = _generator(run, self.device), None if memory is None else memory.to(one)
         self.rates = torch.zeros(self.plan.length.per_epoch, 3, device=self.device)  # as _rates has them
         self.step = torch.zeros(1, dtype=torch.int64, device=self.device)  # its number in the epoch
         self.sums = torch.zeros(5, device=self.device)  # of the losses since the epoch began
@@ -731,8 +735,11 @@ def _epoch(
             t.run.method.prepare(t.model, t.run, t.moments[i])
         take()
         bar.update(len(trainees))
+    if trainees[0].device.type == "cuda":
+        torch.cuda.synchronize()  # replayed steps are only queued
+    seconds = time.monotonic() - began
     for t, rates in zip(trainees, every):
-        _end(t, rates, time.monotonic() - began)
+        _end(t, rates, seconds)
 
 # %% ../nbs/03a_train.ipynb #6f3f4824
 def fit(
@@ -880,8 +887,9 @@ def trainee(
 ) -> Trainee:
     "A run where it stopped, or at its start."
     found, device, (rank, world) = _resume(run), device_of(run), process()
-    if run.batch_size % world:
-        raise ValueError(f"batch_size={run.batch_size}: {world} processes must share it equally")
+    parts = world * run.settings.get("accumulate", 1)
+    if run.batch_size % parts:
+        raise ValueError(f"batch_size={run.batch_size}: give a multiple of {parts}, on {world} processes")
     splits = run.work.read(run, device)
     if len(splits.train) < 2:
         raise ValueError(f"{run.dataset}: {len(splits.train)} training images are too few")
@@ -952,7 +960,7 @@ def release(
     return resnet.save_weights(net, name, run.identity | made | found, text, folder, all_half)
 
 # %% ../nbs/03a_train.ipynb #b826f203
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _weight(plain: Run) -> float:
     "What a run computes, up to a factor, for weighing runs against each other."
     length = plain.settings.get("epochs") or plain.steps
@@ -992,11 +1000,16 @@ def _watching(
             bar.update(_share_done(study) - bar.n)
 
 # %% ../nbs/03a_train.ipynb #ed6100cd
+_FAILURES = (FileNotFoundError, OSError, FloatingPointError, TypeError, ValueError, RuntimeError)
+
+
 def _attempt(study: list[Run], quiet: bool, deadline: float) -> list[dict | Exception | None]:
     "Records of runs that train together, or the errors that ended them."
+    if time.monotonic() >= deadline:
+        return [run.record() for run in study]
     try:
         return train_together(study, quiet, deadline=deadline)
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+    except _FAILURES as error:
         if process()[1] > 1 or "CUDA error" in str(error):
             raise  # the other processes wait for this one: torchrun ends them
         if len(study) == 1:
@@ -1043,11 +1056,16 @@ def groups(
     kinds = {}
     for run in study:
         kinds.setdefault(_alike(run), []).append(run)
-    starts = range(0, len(study), runs_at_once)
-    parts = [kind[i:i + runs_at_once] for kind in kinds.values() for i in starts if i < len(kind)]
+    at_once = runs_at_once
+    parts = [kind[i:i + at_once] for kind in kinds.values() for i in range(0, len(kind), at_once)]
     return sorted(parts, key=lambda group: study.index(group[0]))
 
 # %% ../nbs/03a_train.ipynb #e0b607b4
+def _waits(run: Run) -> bool:
+    "Whether a run has still to be trained from a plain one."
+    return run.has("start") and not run.record()
+
+
 def sweep(
     study: list[Run],  # of either task
     jobs: int | None = 1,  # runs at a time, on a CPU each in its own process; None: as joblib says; 0: none
@@ -1062,16 +1080,19 @@ def sweep(
         raise ValueError(f"runs_at_once={runs_at_once}: must be 1 or more")
     if jobs not in (1, None) and any(device_of(run) != "cpu" for run in study):
         jobs, runs_at_once = 1, max(jobs, runs_at_once)  # processes would only take turns on a GPU
-    starts = dict.fromkeys(run.replace(method="plain") for run in study if run.has("start"))
-    with _watching(study):
-        _together(groups(list(starts), runs_at_once), jobs, quiet, deadline)
-        records = _together(groups(study, runs_at_once), jobs, quiet, deadline)
-    failed = [(run, error) for run, error in records.items() if isinstance(error, Exception)]
+    own = list({run.folder: run for run in study}.values())  # a run may be in several presets
+    starts = {plain.folder: plain for plain in (_beside(run) for run in own if _waits(run))}
+    with _watching(own):
+        _together(groups(list(starts.values()), runs_at_once), jobs, quiet, deadline)
+        ended = _together(groups(own, runs_at_once), jobs, quiet, deadline)
+    failed = [(run, error) for run, error in ended.items() if isinstance(error, Exception)]
     if failed:
         run, error = failed[0]
-        words = f"{len(failed)} of {len(study)} runs failed, the others are complete; {run.name}: {error}"
-        raise type(error)(words)
-    return [records[run] for run in study]
+        kind = next(kind for kind in _FAILURES if isinstance(error, kind))
+        complete = sum(isinstance(end, dict) for end in ended.values())
+        words = f"{len(failed)} of {len(own)} runs failed, {complete} are complete; {run.name}: {error}"
+        raise kind(words) from error
+    return [run.record() for run in study]
 
 # %% ../nbs/03a_train.ipynb #e4fad6bd
 def _listening(address: str) -> None:
@@ -1131,6 +1152,8 @@ def main(
     options = _arguments(arguments)
     try:
         others = {name: _value(name, text) for name, text in options.p}
+        if "jobs" in others:
+            raise ValueError("-p jobs: give --jobs")
         study = [run for path in options.presets for run in runs.preset(path, **others).runs]
         with processes(), _backend(options.dask):
             rank, world = process()
@@ -1142,7 +1165,7 @@ def main(
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     for run, metrics in zip(study, records if rank == 0 else ()):
-        print(f"{run.name}: {run.work.line(metrics)}")
+        print(f"{run.name}: {run.work.line(metrics) if metrics else 'not complete'}")
 
 # %% ../nbs/03a_train.ipynb #7c883b4f
 if __name__ == "__main__" and "__file__" in globals():  # as a script; a notebook is __main__ too

@@ -118,11 +118,12 @@ def serve() -> None:
 
 def structures(queue: list[runs.Run]) -> list[runs.Run]:
     "Of each structure of a network that is compiled, one run."
-    free = ("seed", "epochs", "lr", "weights", "gamma", "lam", "gate_bias")
+    free = ["seed", "epochs", "lr", "weight_decay", "gamma", "lam", "gate_bias"]
     one = {}
     for run in queue:
         if run.compile == "yes" and not run.record():
-            one[str({name: value for name, value in run.identity.items() if name not in free})] = run
+            unlike = free + ["weights"] if run.method.fixed else free
+            one[str({name: value for name, value in run.identity.items() if name not in unlike})] = run
     return list(one.values())
 
 

@@ -155,7 +155,7 @@ CALLS = {
     "blocks for pixels": (lambda: Run(dataset="scenes", method="aig"), ValueError, "method='aig'"),
     "crop": (lambda: Run(dataset="scenes", crop=(8, 8)), ValueError, "crop=[8"),
     "parts of a batch": (lambda: Run(dataset="scenes", accumulate=4), ValueError, "accumulate=4"),
-    "no file of weights": (lambda: Run(dataset="scenes", weights="no.pt"), ValueError, "no.pt"),
+    "no file of weights": (lambda: train.train(Run(dataset="scenes", weights="no.pt")), ValueError, "no.pt"),
     "weights of a CIFAR network": (lambda: Run(weights="IMAGENET1K_V1"), ValueError, "is not released"),
     "streamed digits": (lambda: Run(stream=True), ValueError, "digits"),
     "too few epochs for FBS": (lambda: Run(method="fbs", epochs=1), ValueError, "epochs=1"),
