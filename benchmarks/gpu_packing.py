@@ -3,8 +3,9 @@
 records.tar.gz has the records of the runs finished in this visit, models.tar their weights (matrices in half
 precision), resume-1.tar to resume-3.tar the checkpoints of unfinished runs. The first member of an archive,
 contents.json, names the commit and the SHA-256 of every file. An archive takes the place of the one before
-by renaming, so it is whole at any kill. Eight files of 16 MiB come back, 64 MiB together: seven are planned
-(bench.json and log.txt are the others), for a kill can leave one that is half written.
+by renaming, so it is whole at any kill. The lender gives back eight
+files of 16 MiB, 64 MiB together: seven are planned (bench.json and log.txt are the others), for a kill can
+leave one that is half written.
 """
 import hashlib
 import io

@@ -10,8 +10,8 @@ to be compiled is compiled meanwhile, each structure of a network in a process o
 the order of the presets, R at once where they are equally long, with a checkpoint after an epoch, every ten seconds at most; every
 minute what they left is packed into the output folder (gpu_packing.py says how). `unpack` takes it up at
 home, `--resume` in the next visit. The tree over there has no .git: give BAS_COMMIT=$(git rev-parse HEAD).
-CIFAR-10 travels as data/cifar10.tar.xz, a tree {train,test}/<class>/*, which git ignores and the tool
-carries; it is unpacked there, into memory:
+CIFAR-10 travels as data/cifar10.tar.xz, a tree {train,test}/<class>/*, which git ignores; it is unpacked
+there, into memory:
 
     mkdir -p /dev/shm/data/cifar10 && tar xf data/cifar10.tar.xz -C /dev/shm/data/cifar10 &&
     BAS_DATA=/dev/shm/data BAS_COMMIT=… python3 benchmarks/on_gpu.py params/04_cifar10/length.yaml
