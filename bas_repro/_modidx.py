@@ -551,7 +551,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                   'bas_repro.pspnet._dilate': ('pspnet.html#_dilate', 'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet._enlarged': ('pspnet.html#_enlarged', 'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet._head': ('pspnet.html#_head', 'bas_repro/pspnet.py'),
-                                  'bas_repro.pspnet.evaluate': ('pspnet.html#evaluate', 'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet.poly': ('pspnet.html#poly', 'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet.pooled': ('pspnet.html#pooled', 'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet.pspnet': ('pspnet.html#pspnet', 'bas_repro/pspnet.py'),

@@ -174,7 +174,7 @@ def _decide(logits: torch.Tensor, sample: bool, u: torch.Tensor | None = None) -
     if sample:
         u = torch.rand_like(logits) if u is None else u
         return Gate(logits, (u < torch.sigmoid(logits.detach())).to(logits.dtype))
-    return Gate(logits, straight_through(logits, torch.zeros_like(logits), 1.0))
+    return Gate(logits, straight_through(logits))
 
 # %% ../nbs/02d_baselines.ipynb #cc7d514e
 class FeedForwardGate(nn.Module):
@@ -267,7 +267,7 @@ class _Guided:
     def run(self, blocks: list[nn.Module], x: torch.Tensor, noise=None) -> tuple[torch.Tensor, list[Gate]]:
         "Features (N, C, H, W) through the blocks, and all gates in the order of execution."
         gates, state = [], self.guide(x)
-        for block, u in zip(blocks, noise or [()] * len(blocks)):
+        for block, u in zip(blocks, noise or [()] * len(blocks), strict=True):
             if isinstance(block, GuidedBlock):
                 x, new, state = block(x, state, *u)
                 gates += new
@@ -405,7 +405,7 @@ class GuidedGate(nn.Module):
         "Execute above 0; the gradient is the sigmoid's."
         with full_precision(x):
             logits = self.fc2(self.relu(self.bn(self.fc1(torch.cat([self.pool(x), difficulty], dim=1)))))
-            return Gate(logits, straight_through(logits, torch.zeros_like(logits), 1.0)), difficulty
+            return Gate(logits, straight_through(logits)), difficulty
 
 # %% ../nbs/02d_baselines.ipynb #c1097b17
 def sgad(
@@ -634,8 +634,10 @@ def static(
     gates = sum(len(block.gated) for block in blocks.values())
     if not blocks or gates != len(gated_layers(model)):
         raise TypeError("static() cuts the channel gates of resnet.gate(); this network has none, or others")
-    if len(keep) != gates:
-        raise ValueError(f"keep has {len(keep)} masks for {gates} gates: give one for each of gated_layers()")
+    widths = [model.get_submodule(layer.outputs[0]).out_channels for layer in gated_layers(model)]
+    given = [len(mask) for mask in keep]
+    if given != widths:
+        raise ValueError(f"keep has masks of {given} channels: the gates have {widths}")
     new, masks = copy.deepcopy(model), iter(keep)
     for name, block in blocks.items():
         new.set_submodule(name, _static_block(block, [next(masks) for _ in block.gated]))

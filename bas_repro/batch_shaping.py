@@ -60,7 +60,7 @@ def _positive(name: str, value: float | Tensor, below: float = float("inf")) -> 
 def _like(x: Tensor, *values: float | Tensor) -> list[Tensor]:
     "Parameters of a prior as tensors of the dtype of x, on its device, each of its own shape."
     return [
-        v.to(x.dtype) if isinstance(v, Tensor) else torch.full((), v, dtype=x.dtype, device=x.device)
+        v.to(x) if isinstance(v, Tensor) else torch.full((), v, dtype=x.dtype, device=x.device)
         for v in values
     ]
 
@@ -258,7 +258,7 @@ def _fitted_cdf(x: Tensor, log_f: Tensor, fits: list, split: float | Tensor) -> 
 
 # %% ../nbs/01_batch_shaping.ipynb #914d9764
 class Beta(Prior):
-    "Beta(a, b) on [0, 1], §4.2's prior on gates: F(x) = I_x(a, b). Fast where `a` and `b` are fixed."
+    "Beta(a, b) on [0, 1], §4.2's prior on gates: F(x) = I_x(a, b). For other `a` and `b` make another one."
 
     def __init__(
         self,
@@ -300,7 +300,9 @@ class Beta(Prior):
     def _cdf(self, x, log_f):
         if x.dtype == torch.float64:
             return betainc(self.a, self.b, x)
-        return _fitted_cdf(x, log_f, self._fits, (self.a + 1) / (self.a + self.b + 2))
+        a, b = (v.to(x) if isinstance(v, Tensor) else v for v in (self.a, self.b))
+        fits = [[c.to(x) if isinstance(c, Tensor) else c for c in fit] for fit in self._fits]
+        return _fitted_cdf(x, log_f, fits, (a + 1) / (a + b + 2))
 
 # %% ../nbs/01_batch_shaping.ipynb #164d3a88
 def _check_arguments(x: Tensor, lam: float | Tensor, dim: int, reduction: str, ties: str, clip):

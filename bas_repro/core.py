@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import platform
+import struct
 import subprocess
 import sys
 import typing
@@ -204,9 +205,10 @@ def read_state(
     remedy: str = "remove it, and the run starts anew",  # what to do about it, for the error
 ):  # what was stored, its tensors on the CPU
     "Read tensors and plain values. `ValueError` in one line if the file is damaged or holds anything else."
+    damaged = RuntimeError, EOFError, OSError, ValueError, LookupError, struct.error, pickle.UnpicklingError
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except damaged as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:60]
         raise ValueError(f"{path} is not {what} ({reason}): {remedy}") from None
 

@@ -105,6 +105,8 @@ def _log_batch(
     x = x.to(next(model.parameters()).device)
     if x.dtype == torch.uint8:
         x = data.normalise(data.middle(x, size))
+    if x.shape[-2:] != (size, size):
+        raise ValueError(f"images of {tuple(x.shape[-2:])} pixels, but size={size}: they must agree")
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
         out, gated = model(x, return_gates=True)
     opened = torch.cat([gate.value for gate in gated], 1) > 0
@@ -307,6 +309,8 @@ def pair_difference(
     seed: int = 0,
 ) -> dict:  # difference, chance (mean over the deals), p (share of deals that come as far apart), images
     "How differently two classes open the gates: the mean over gates of |share in a - share in b|."
+    if a == b:
+        raise ValueError(f"a and b are both {a!r}: give two classes")
     label, first = log["label"], class_number(log, a)
     images = np.flatnonzero((label == first) | (label == class_number(log, b)))
     gates, mine = log.opened(images=images).astype(np.float32), label[images] == first

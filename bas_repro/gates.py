@@ -28,8 +28,8 @@ def _logistic_noise(
 # %% ../nbs/02_gates.ipynb #b2084576
 def straight_through(
     logits: torch.Tensor,  # (N, C) ln(pi), any real number
-    noise: torch.Tensor,  # (N, C) logistic noise; zeros for none
-    tau: float,  # temperature of the backward pass, above 0
+    noise: torch.Tensor | float = 0.0,  # (N, C) logistic noise; 0: none
+    tau: float = 1.0,  # temperature of the backward pass, above 0
 ) -> torch.Tensor:  # (N, C) exactly 0 or 1, with the gradient of sigmoid((logits + noise) / tau)
     "The binary concrete gate of §4.1: a step forward, 'a sigmoid function with temperature' backward."
     soft = torch.sigmoid((logits + noise) / tau)

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from . import native, triton_kernel
 from .baselines import DroppedBlock, FBSBlock, GuidedBlock, pick
-from .gates import Gate, GatingModule
+from .gates import Gate, GatingModule, full_precision
 from .native import load, save
 from .resnet import GatedBasicBlock, GatedBottleneck, gated_layers
 
@@ -150,7 +150,9 @@ class _LeanGating(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Gate:
         "Decide which gates to open."
-        logits = self.fc2(F.relu_(self.fc1(F.avg_pool2d(x, x.shape[2:]).flatten(1))))
+        with full_precision(x):
+            pooled = F.avg_pool2d(x.to(self.fc1.weight.dtype), x.shape[2:]).flatten(1)
+            logits = self.fc2(F.relu_(self.fc1(pooled)))
         return Gate(logits, (logits > 0).to(logits.dtype))
 
 # %% ../nbs/03b_inference.ipynb #ee135e56
@@ -168,6 +170,8 @@ class _Forced(nn.Module):
         "What the gating module gives, its logits included, with the given values."
         out = self.gating(*args)
         gate, *rest = [out] if isinstance(out, Gate) else out
+        if gate.logits.is_meta:  # only the shapes are asked for
+            return out
         given = len(gate.logits)
         if given != len(self.value):
             raise ValueError(f"{given} images, but force() was given masks for {len(self.value)}")
@@ -222,7 +226,7 @@ def force(
 # %% ../nbs/03b_inference.ipynb #ea7c6692
 def _gate_widths(model: nn.Module) -> list[int]:
     "How many gates each gated layer has."
-    ghost = force(copy.deepcopy(model).to("meta").eval(), None)
+    ghost = copy.deepcopy(model).to("meta").eval()
     image = torch.empty(1, model.conv1.weight.shape[1], 64, 64, device="meta")
     with torch.no_grad():
         _, gates = ghost(image, return_gates=True)
@@ -243,6 +247,8 @@ def random_masks(
 # %% ../nbs/03b_inference.ipynb #ec03fd5c
 def _in_groups(run, x: torch.Tensor, value: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     "Run a batch in groups of images whose keys (N, K) are equal: run(x, value) of each."
+    if not len(x):
+        return run(x, value.new_ones(1, value.shape[1]))  # of no images, in the right shape
     if len(x) == 1:
         return run(x, value)
     _, group = keys.unique(dim=0, return_inverse=True)
@@ -569,10 +575,11 @@ def _given(model: nn.Module) -> list[torch.Tensor] | None:
     "The values that force() gave to a network's gates, one (N, C) a gate; None: they decide themselves."
     values = []
     for block in (module for module in model.modules() if hasattr(module, "gated")):
-        widths = [block.get_submodule(outs[0]).out_channels for outs, _ in block.gated]
-        if not isinstance(block.gating, _Forced):
+        modules = [getattr(block, name) for name in _gatings(block)]
+        if not all(isinstance(module, _Forced) for module in modules):
             return None
-        values += block.gating.value.split(widths, 1)
+        parts = [module.value for module in modules]
+        values += parts if len(parts) > 1 else parts[0].chunk(len(block.gated), 1)
     return values or None
 
 # %% ../nbs/03b_inference.ipynb #c606cddf
@@ -717,14 +724,13 @@ def export(
     path, net = Path(path), copy.deepcopy(model).eval()
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{path.name}: export() writes .pt2 or .onnx")
-    x = torch.zeros(2, *input_size[-3:], device=next(net.parameters()).device)
+    x = next(net.parameters()).new_zeros(2, *input_size[-3:])
     dynamic = ({0: torch.export.Dim("batch")},)
     if path.suffix == ".pt2":
         torch.export.save(torch.export.export(net, (x,), dynamic_shapes=dynamic), path)
         return path
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"ONNX export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if not _installed("onnx", "onnxscript"):
+        raise ImportError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript")
     names = {"input_names": ["images"], "output_names": ["logits"]}
     options = {"dynamo": True, "dynamic_shapes": dynamic, "external_data": False, "verbose": False}
     torch.onnx.export(net, (x,), path, **names, **options)

@@ -179,7 +179,7 @@ def budget_loss(
     "How far a batch is from a budget of MACs."
     if not 0 < target <= 1:
         raise ValueError(f"target={target}: a budget is a share of the dense MACs, above 0 and at most 1")
-    sure = [Gate(g.logits, straight_through(g.logits, torch.zeros_like(g.logits), 1.0)) for g in gates]
+    sure = [Gate(g.logits, straight_through(g.logits)) for g in gates]
     zero = gates[0].logits.new_zeros(())  # with it, what is fixed is on the gates' device, too
     share = sum((zero + layer_macs(cost, sure)).float().mean() / dense for cost in costs)
     return (share - target) ** 2

@@ -116,7 +116,7 @@ def run_blocks(
 ) -> tuple[torch.Tensor, list[Gate]]:  # the last block's output, and all gates in the order of execution
     "Run blocks one after the other and collect their gates."
     gates = []
-    for block, u in zip(blocks, noise or [()] * len(blocks)):
+    for block, u in zip(blocks, noise or [()] * len(blocks), strict=True):
         x = block(x, *u)
         if isinstance(x, tuple):
             x, new = x
@@ -370,6 +370,8 @@ def cifar_resnet(
     net = CifarResNet((depth - 2) // 6, num_classes, width, in_channels)
     if gated:
         gate(net, **options)
+    elif options:
+        raise TypeError(f"{', '.join(options)}: no option of a plain network; give gated=True, or correct it")
     return net if weights is None else _load_weights(net, weights)
 
 # %% ../nbs/02a_resnet.ipynb #4c0936a0

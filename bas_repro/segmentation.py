@@ -30,7 +30,7 @@ def load_backbone(
     "Start from a file's weights. `ValueError` in one line if it is none, or of another network."
     state = core.read_state(path, "a file of weights", "give a ResNet's state_dict")
     own, heads = net.state_dict(), ("pyramid", "classifier", "aux_classifier")
-    wanted = {name for name in own if name.split(".")[0] not in heads and ".gating." not in name}
+    wanted = {name for name in own if name.split(".")[0] not in heads and ".gating" not in name}
     theirs = state if isinstance(state, dict) else {}
     missing = {name for name in wanted if name not in theirs or theirs[name].shape != own[name].shape}
     if missing:
@@ -139,7 +139,7 @@ def evaluate(
     workers: int = 0,  # processes that read pictures
 ) -> Seen:  # its rows also have file, classes and segments
     "What a network makes of each image, at its full size."
-    device, rows, logits = next(model.parameters()).device, [], []
+    device, rows, logits, opened = next(model.parameters()).device, [], [], []
     scores = pspnet.segmentation_scores(len(classes)).to(device)
     costs = functools.cache(lambda size: macs.gate_costs(model, (3, *size)))
     with macs.evaluating(model):
@@ -153,8 +153,9 @@ def evaluate(
             rows.append({"file": Path(file).name, "accuracy": own["accuracy"].item(), "macs": cost,
                          "classes": there, "segments": segments})
             logits.append(gates.all_logits(gated)[0].cpu() if gated else torch.zeros(0))
-    logits = torch.stack(logits)
-    return Seen(_named(scores.compute(), classes), pd.DataFrame(rows), logits.half(), logits > 0)
+            opened.append(torch.cat([gate.value[0] for gate in gated]).cpu() > 0 if gated else logits[-1] > 0)
+    kept = torch.stack(logits).half(), torch.stack(opened)
+    return Seen(_named(scores.compute(), classes), pd.DataFrame(rows), *kept)
 
 
 def _named(

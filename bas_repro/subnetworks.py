@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'numbers', 'subset', 'used', 'subnetwork', 'tuning', 'thres
 
 # %% ../nbs/03e_subnetworks.ipynb #a35326d4
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,8 +22,8 @@ from .runs import Run
 
 # %% ../nbs/03e_subnetworks.ipynb #4e1f53fc
 def numbers(
-    all_classes: Iterable[str],  # names, by class number
-    classes: Iterable[str],  # those that are wanted
+    all_classes: Sequence[str],  # names, by class number
+    classes: Sequence[str],  # those that are wanted
 ) -> list[int]:
     "Classes by name. `ValueError` for one that is unknown or named twice, and for fewer than two."
     known, classes = list(all_classes), list(classes)
@@ -37,7 +37,7 @@ def numbers(
 # %% ../nbs/03e_subnetworks.ipynb #9f56c46b
 def subset(
     splits: data.Splits,
-    classes: Iterable[str],  # names
+    classes: Sequence[str],  # names
 ) -> data.Splits:  # labels from 0, in the order of `classes`
     "The images of some classes."
     chosen = numbers(splits.classes, classes)
@@ -65,7 +65,7 @@ def _restricted(
 # %% ../nbs/03e_subnetworks.ipynb #60cd88ee
 def used(
     log: GateLog,
-    classes: Iterable[str],  # names
+    classes: Sequence[str],  # names
     threshold: float,  # share of a class's images, 0 to below 1
 ) -> list[torch.Tensor]:  # one bool (C,) a gated layer: channels to keep
     "The channels that at least one of the classes uses more often than the threshold."
@@ -89,7 +89,7 @@ def _by_lot(
 def subnetwork(
     log: GateLog,  # of the model, on images that are not the test images
     model: nn.Module,  # gated by resnet.gate(), on any device; left untouched
-    classes: Iterable[str],  # names, in the order of the new logits
+    classes: Sequence[str],  # names, in the order of the new logits
     threshold: float,  # share of a class's images for which a channel must be open, 0 to below 1
     lot: int | None = None,  # a seed: as many channels, but drawn by lot
 ) -> nn.Module:  # plain, with narrower blocks, and a logit for each of the classes
@@ -167,8 +167,8 @@ def threshold_table(
     log: GateLog,  # of images that are not the test images
     model: nn.Module,  # gated by resnet.gate(), trained; left untouched
     splits: data.Splits,  # all classes, on the model's device
-    classes: Iterable[str],  # names
-    thresholds: Iterable[float],
+    classes: Sequence[str],  # names
+    thresholds: Sequence[float],
     run: Run,  # from tuning()
 ) -> pd.DataFrame:  # rows: threshold (NaN for the full network), stage, accuracy, macs, parameters, images
     "Sub-networks of some classes against the threshold, without and with fine-tuning."
@@ -183,7 +183,7 @@ def threshold_table(
 def affordable(
     log: GateLog,  # of images that are not the test images
     table: pd.DataFrame,  # from threshold_table()
-    classes: Iterable[str],  # names
+    classes: Sequence[str],  # names
 ) -> float | None:  # None if every one of them costs more
     "The smallest threshold whose sub-network costs no more than the classes' images in the log on average."
     budget = log["macs"][np.isin(log["label"], numbers(log.classes, classes))].mean()
