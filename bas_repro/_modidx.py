@@ -547,7 +547,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                                                                  'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet._PyramidPooling.forward': ( 'pspnet.html#_pyramidpooling.forward',
                                                                                 'bas_repro/pspnet.py'),
-                                  'bas_repro.pspnet._conv_bn_relu': ('pspnet.html#_conv_bn_relu', 'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet._dilate': ('pspnet.html#_dilate', 'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet._enlarged': ('pspnet.html#_enlarged', 'bas_repro/pspnet.py'),
                                   'bas_repro.pspnet._head': ('pspnet.html#_head', 'bas_repro/pspnet.py'),

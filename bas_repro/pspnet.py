@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchvision.models.resnet import ResNet
+from torchvision.ops import Conv2dNormActivation
 
 from .gates import Gate
 from .resnet import blocks_of, imagenet_resnet, run_blocks
@@ -31,16 +32,6 @@ def _dilate(
         if block.downsample is not None:
             block.downsample[0].stride = (1, 1)
     return rate
-
-# %% ../nbs/02b_pspnet.ipynb #23d1ddfc
-def _conv_bn_relu(
-    inputs: int,  # channels of the input
-    outputs: int,  # channels of the output
-    size: int,  # of the kernel, odd; the grid stays as it is
-) -> list[nn.Module]:
-    "A convolution, its batch normalization, a ReLU."
-    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
-    return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 # %% ../nbs/02b_pspnet.ipynb #4f4e8bc0
 def _enlarged(
@@ -62,7 +53,7 @@ class _PyramidPooling(nn.Module):
         super().__init__()
         share = channels // len(bins)
         self.levels = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(n), *_conv_bn_relu(channels, share, 1)) for n in bins
+            nn.Sequential(nn.AdaptiveAvgPool2d(n), *Conv2dNormActivation(channels, share, 1)) for n in bins
         )
 
     def forward(
@@ -80,7 +71,7 @@ def _head(
     dropout: float,  # share of the hidden values set to zero in training, 0 to below 1
 ) -> nn.Sequential:
     "A 3×3 convolution, dropout, and a score for each class."
-    features = _conv_bn_relu(inputs, hidden, 3)
+    features = Conv2dNormActivation(inputs, hidden, 3)
     return nn.Sequential(*features, nn.Dropout(dropout), nn.Conv2d(hidden, num_classes, 1))
 
 # %% ../nbs/02b_pspnet.ipynb #256d8ec1
