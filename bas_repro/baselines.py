@@ -637,7 +637,8 @@ def static(
     widths = [model.get_submodule(layer.outputs[0]).out_channels for layer in gated_layers(model)]
     given = [len(mask) for mask in keep]
     if given != widths:
-        raise ValueError(f"keep has masks of {given} channels: the gates have {widths}")
+        words = f"keep has {len(given)} masks for {gates} gates"
+        raise ValueError(f"{words}: of {given} channels, where the gates have {widths}")
     new, masks = copy.deepcopy(model), iter(keep)
     for name, block in blocks.items():
         new.set_submodule(name, _static_block(block, [next(masks) for _ in block.gated]))
