@@ -48,7 +48,7 @@ def _backbone(run: Run, weights: str | None) -> nn.Module:
                          "such as IMAGENET1K_V1, or a file.pt") from None
     return run.method.convert(plain, run)
 
-
+# %% ../nbs/03f_segmentation.ipynb #dde10e33
 def _start(run: Run, classes: int, quiet: bool) -> str | None:
     "The weights that a run starts from: a file, or torchvision's name. `ValueError` for no such file."
     weights = run.settings.get("weights")
