@@ -407,6 +407,14 @@ class GuidedGate(nn.Module):
             logits = self.fc2(self.relu(self.bn(self.fc1(torch.cat([self.pool(x), difficulty], dim=1)))))
             return Gate(logits, straight_through(logits)), difficulty
 
+    @torch.no_grad()
+    def shift(
+        self,
+        by: float,  # in logits
+    ) -> None:
+        "Add a number to the gate's logit, for every image."
+        self.fc2.bias += by
+
 # %% ../nbs/02d_baselines.ipynb #c1097b17
 def sgad(
     model: nn.Module,  # plain: torchvision's ResNet, ImageNetResNet or CifarResNet

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LayerCost', 'gate_costs', 'dense_macs', 'layer_macs', 'image_macs_of', 'evaluating', 'gates_of', 'image_macs',
-           'budget_loss', 'ledger']
+           'mean_share', 'budget_loss', 'ledger']
 
 # %% ../nbs/02c_macs.ipynb #160c5479
 import copy
@@ -170,19 +170,27 @@ def image_macs(
     return image_macs_of(gate_costs(model, x.shape), gates_of(model, x), len(x))
 
 # %% ../nbs/02c_macs.ipynb #54bfeb6f
-def budget_loss(
+def mean_share(
     costs: list[LayerCost],  # the network's layers, made once by gate_costs(model, input_size)
     gates: list[Gate],  # what the network gave for N images; not empty
-    target: float,  # wanted mean MACs of an image, as a share of `dense`, above 0 to 1
     dense: int,  # MACs that count as 1: usually the plain network's
+) -> torch.Tensor:  # scalar, with a gradient to the gates' logits
+    "The MACs of a batch's mean image, its gates as in evaluation, as a share of `dense`."
+    sure = [Gate(g.logits, straight_through(g.logits)) for g in gates]
+    zero = gates[0].logits.new_zeros(())  # with it, what is fixed is on the gates' device, too
+    return sum((zero + layer_macs(cost, sure)).float().mean() / dense for cost in costs)
+
+# %% ../nbs/02c_macs.ipynb #59912dfa
+def budget_loss(
+    costs: list[LayerCost],  # as in mean_share
+    gates: list[Gate],  # as in mean_share
+    target: float,  # wanted mean MACs of an image, as a share of `dense`, above 0 to 1
+    dense: int,  # as in mean_share
 ) -> torch.Tensor:  # scalar: (share - target)², with a gradient to the gates' logits
     "How far a batch is from a budget of MACs."
     if not 0 < target <= 1:
         raise ValueError(f"target={target}: a budget is a share of the dense MACs, above 0 and at most 1")
-    sure = [Gate(g.logits, straight_through(g.logits)) for g in gates]
-    zero = gates[0].logits.new_zeros(())  # with it, what is fixed is on the gates' device, too
-    share = sum((zero + layer_macs(cost, sure)).float().mean() / dense for cost in costs)
-    return (share - target) ** 2
+    return (mean_share(costs, gates, dense) - target) ** 2
 
 # %% ../nbs/02c_macs.ipynb #caccac71
 def ledger(

@@ -47,7 +47,7 @@ class Method:
     look: tuple[str, str]  # matplotlib's marker and line
     dial: str = ""  # the setting by which it trades accuracy for computation; "": there is none
     uses: tuple[str, ...] = ()  # its other settings
-    gates: tuple[type, ...] = ()  # modules of its gates, without weight decay; for budgets with shift(by)
+    gates: tuple[type, ...] = ()  # modules of its gates, without weight decay; for a budget, with shift(by)
     convert: Callable = _as_it_is  # (plain network, run) → the same object with gates
     loss: Callable | None = None  # (run, ledger, gates, output, labels, strength) → scalar
     strength: Callable = _zero  # (run, moment) → what its loss is multiplied by
@@ -208,14 +208,20 @@ add(Method(
 ))
 
 # %% ../nbs/02g_methods.ipynb #566cedc4
+def _sgad_loss(run, ledger: Ledger, gated: list, out, y, strength: torch.Tensor) -> torch.Tensor:
+    "Their loss, at a price or at the one that keeps to a budget."
+    price = strength
+    if run.has("target_macs"):
+        excess = macs.mean_share(ledger.costs, gated, ledger.dense) - run.target_macs
+        price = 2 * strength * excess.detach()
+    return baselines.sgad_loss(gated, out, y, price)
+
+
 add(Method(
     "sgad", "SGAD-style", "blocks dropped under the guidance of the input's difficulty", look=("P", ":"),
-    dial="gamma",
-    uses=("reference_steps", "calendar", "gamma_from", "gamma_full", "gate_weight_decay", "start"),
+    dial="gamma", uses=(*(name for name in _PRICE if name != "l0_reduction"), "gate_weight_decay", "start"),
     gates=(baselines.GuidedGate, baselines.Guideline),
-    convert=lambda net, run: baselines.sgad(net),
-    loss=lambda run, ledger, gated, out, y, strength: baselines.sgad_loss(gated, out, y, strength),
-    strength=_growing, check=_milestones,
+    convert=lambda net, run: baselines.sgad(net), loss=_sgad_loss, strength=_growing, check=_milestones,
 ))
 
 # %% ../nbs/02g_methods.ipynb #2eec1842

@@ -686,6 +686,7 @@ def _calibrate(
 ) -> None:
     "Shift the logits of all gates by one number, with which the mean image costs the budget."
     work, gating = run.work, [module for module in model.modules() if isinstance(module, run.method.gates)]
+    gating = [module for module in gating if hasattr(module, "shift")]  # SGAD's guideline decides nothing
     costs = ledger(run, model, len(splits.classes), work.size(run, splits, "test"))
     images = splits.val if len(splits.val) >= n else splits.train
     images = images.part(range(0, len(images), math.ceil(len(images) / n)))
