@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'PAPER', 'SEGMENTATION', 'records', 'points', 'summary', 'look_of', 'unit', 'tradeoff', 'describe',
-           'compare', 'verdict', 'against_smaller', 'smaller', 'length_plot', 'logs', 'curves', 'gamma_plot',
+           'compare', 'Verdict', 'verdict', 'against_smaller', 'smaller', 'length_plot', 'logs', 'curves', 'gamma_plot',
            'fate_plot']
 
 # %% ../nbs/03c_analysis.ipynb #a005b356
+from dataclasses import dataclass
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -246,6 +248,21 @@ def compare(
     return table.sort_values("steps", ignore_index=True)
 
 # %% ../nbs/03c_analysis.ipynb #20bb8d3f
+@dataclass(frozen=True)
+class Verdict:
+    "What a comparison says of 'ours lies above theirs'."
+    verdict: str = "not measured"  # or holds, does not hold, undecided
+    why: str = ""  # what an undecided one lacks
+    found: str = ""  # the differences, length by length, with their 95% intervals
+    n: int = 0  # seeds, at the longest of them
+
+    def __str__(self) -> str:
+        if not self.n:
+            return self.verdict
+        said = f"{self.verdict}: {self.why}" if self.why else self.verdict
+        return f"{said} ({self.found}, n = {self.n})"
+
+# %% ../nbs/03c_analysis.ipynb #4f741968
 def _why_undecided(
     lengths: pd.DataFrame,  # from compare()
     plain: pd.DataFrame,  # rows of records(): the plain network, at all lengths
@@ -265,26 +282,27 @@ def _why_undecided(
         return "trained too little, the difference still moves"
     return "within its interval" if abs(last.difference) <= last.interval else ""
 
+# %% ../nbs/03c_analysis.ipynb #093546a0
+def _words(row) -> str:  # a row of compare()
+    "A difference in words."
+    interval = f" ± {row.interval:.1%}" if row.n > 1 else ""
+    return f"{row.difference:+.1%}{interval} at {row.steps:,} steps"
+
 
 def verdict(
     lengths: pd.DataFrame,  # from compare()
     plain: pd.DataFrame,  # rows of records(): the plain network beside it, at all lengths
     score: str = "test_accuracy",
-) -> str:
+) -> Verdict:
     "What the comparison says of 'ours lies above theirs': it holds, does not hold, or is undecided and why."
     if lengths.empty:
-        return "not measured"
+        return Verdict()
     lengths = lengths[lengths.schedule == lengths.schedule.iloc[-1]]
+    last = lengths.iloc[-1]
     why = _why_undecided(lengths, plain, score)
-    words = "holds" if lengths.difference.iloc[-1] > 0 else "does not hold"
-    parts = [_words(row) for row in lengths.itertuples()]
-    return f"{f'undecided: {why}' if why else words} ({', '.join(parts)}, n = {lengths.n.iloc[-1]})"
-
-
-def _words(row) -> str:  # a row of compare()
-    "A difference in words."
-    interval = f" ± {row.interval:.1%}" if row.n > 1 else ""
-    return f"{row.difference:+.1%}{interval} at {row.steps:,} steps"
+    said = "holds" if last.difference > 0 else "does not hold"
+    found = ", ".join(_words(row) for row in lengths.itertuples())
+    return Verdict("undecided" if why else said, why, found, int(last.n))
 
 # %% ../nbs/03c_analysis.ipynb #3efd23ef
 def _all_sizes(plain: pd.DataFrame) -> pd.DataFrame:
