@@ -4,6 +4,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
   'syms': { 'bas_repro.analysis': { 'bas_repro.analysis.Verdict': ('analysis.html#verdict', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.Verdict.__str__': ('analysis.html#verdict.__str__', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._all_sizes': ('analysis.html#_all_sizes', 'bas_repro/analysis.py'),
+                                    'bas_repro.analysis._apart': ('analysis.html#_apart', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._draw_curve': ('analysis.html#_draw_curve', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._draw_differences': ('analysis.html#_draw_differences', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._gain': ('analysis.html#_gain', 'bas_repro/analysis.py'),

@@ -206,12 +206,20 @@ def describe(
 _NEAR = 0.02  # MACs that differ by less than this share count as equal
 
 
+def _apart(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> float:
+    "Of curves that do not overlap: how far ours is above at least; NaN unless the cheaper one is the better."
+    gain = ours[score].max() - theirs[score].max()
+    cheaper = ours.macs_mean.max() < theirs.macs_mean.min()
+    dearer = ours.macs_mean.min() > theirs.macs_mean.max()
+    return gain if (cheaper and gain > 0) or (dearer and gain < 0) else np.nan
+
+
 def _gain(
     ours: pd.DataFrame,  # rows of records(), of one seed and schedule
     theirs: pd.DataFrame,  # the other curve, likewise
     score: str,  # column to compare
     equal_macs: bool,  # compare at equal MACs; False: the best points
-) -> float:  # NaN where the curves do not overlap
+) -> float:  # NaN where that cannot be told
     "How far our curve lies above theirs."
     if not equal_macs:
         return ours[score].max() - theirs[score].max()
@@ -219,7 +227,7 @@ def _gain(
     reach = ours.macs_mean.min() * (1 - _NEAR), ours.macs_mean.max() * (1 + _NEAR)
     within = theirs[theirs.macs_mean.between(*reach)]
     if within.empty:
-        return np.nan
+        return _apart(ours, theirs, score)
     return float((np.interp(within.macs_mean, ours.macs_mean, ours[score]) - within[score]).mean())
 
 
@@ -241,8 +249,8 @@ def compare(
         others = theirs[(theirs[keys] == key).all(axis=1)]
         seeds = sorted(set(mine.seed) & set(others.seed))
         pairs = [(mine[mine.seed == seed], others[others.seed == seed]) for seed in seeds]
-        gains = pd.Series([_gain(*pair, score, equal_macs) for pair in pairs], dtype=float).dropna()
-        if len(gains):
+        gains = pd.Series([_gain(*pair, score, equal_macs) for pair in pairs], dtype=float)
+        if len(gains) and gains.notna().all():
             rows.append((*key, gains.mean(), _interval(gains), len(gains)))
     table = pd.DataFrame(rows, columns=[*keys, "difference", "interval", "n"])
     return table.sort_values("steps", ignore_index=True)
@@ -316,7 +324,7 @@ def against_smaller(
     plain: pd.DataFrame,  # rows of records(): plain networks of several sizes
     score: str = "test_accuracy",
 ) -> pd.DataFrame:  # as from compare()
-    "How far our points lie above the line through plain networks; empty where ours cost less than all."
+    "How far our points lie above the line through plain networks, where compare() can tell."
     lengths = compare(_all_sizes(plain), ours, score)
     return lengths.assign(difference=-lengths.difference)
 
