@@ -10,6 +10,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                     'bas_repro.analysis._gain': ('analysis.html#_gain', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._interval': ('analysis.html#_interval', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._network': ('analysis.html#_network', 'bas_repro/analysis.py'),
+                                    'bas_repro.analysis._of_seeds': ('analysis.html#_of_seeds', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._one_legend': ('analysis.html#_one_legend', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._row': ('analysis.html#_row', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._told_apart': ('analysis.html#_told_apart', 'bas_repro/analysis.py'),

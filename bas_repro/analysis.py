@@ -236,6 +236,13 @@ def _interval(values: pd.Series) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
 
 # %% ../nbs/03c_analysis.ipynb #fceebd6f
+def _of_seeds(rows: pd.DataFrame, seeds: list[int]) -> pd.DataFrame:
+    "The rows of some seeds, with the settings that most of them have."
+    rows = rows[rows.seed.isin(seeds)]
+    counts = rows.groupby("setting").seed.transform("nunique")
+    return rows[counts == counts.max()]
+
+
 def compare(
     ours: pd.DataFrame,  # rows of records(): the curve that is claimed to lie above
     theirs: pd.DataFrame,  # rows of records(): the other one
@@ -248,6 +255,7 @@ def compare(
     for key, mine in ours.groupby(keys, sort=True):
         others = theirs[(theirs[keys] == key).all(axis=1)]
         seeds = sorted(set(mine.seed) & set(others.seed))
+        mine, others = _of_seeds(mine, seeds), _of_seeds(others, seeds)
         pairs = [(mine[mine.seed == seed], others[others.seed == seed]) for seed in seeds]
         gains = pd.Series([_gain(*pair, score, equal_macs) for pair in pairs], dtype=float)
         if len(gains) and gains.notna().all():
