@@ -155,13 +155,14 @@ def unit(macs: float) -> tuple[float, str]:  # divisor, and its sign
 
 # %% ../nbs/03c_analysis.ipynb #82cd2b76
 def _draw_curve(ax, group: pd.DataFrame, scale: float, color, labels: bool) -> None:
-    "One curve of a trade-off, with error bars where there are three seeds."
+    "One curve of a trade-off, with error bars of three seeds or more, and with settings but for budgets of MACs."
     group = group.sort_values("macs")
     x, y, sure = group.macs / scale, group.test_accuracy * 100, group.n >= 3
     bars = {"yerr": group.accuracy_std.where(sure) * 100, "xerr": group.macs_std.where(sure) / scale}
     ax.errorbar(x, y, **bars, fmt="none", color=color, capsize=3)
     ax.plot(x, y, color=color, **look_of(group.iloc[0]))
-    for at_x, at_y, setting in zip(x, y, group.setting if labels else ()):
+    told = group.reindex(columns=["target_macs"]).target_macs.notna()
+    for at_x, at_y, setting in zip(x, y, group.setting.mask(told, "") if labels else ()):
         ax.annotate(setting, (at_x, at_y), (6, 5), textcoords="offset points", fontsize=7)
 
 
@@ -177,6 +178,9 @@ def tradeoff(
     keys = ["curve", *[name for name in ("skip_gate",) if name in table]]
     for _, group in table.groupby(keys, sort=False, dropna=False):
         _draw_curve(ax, group, scale, nets[group.network.iloc[0]], labels=len(table) <= 16)
+    plain = table[[not methods.method(name).gates for name in table.method]].sort_values("macs")
+    for _, line in plain.groupby(["named", "steps"]):
+        ax.plot(line.macs / scale, line.test_accuracy * 100, color="0.75", lw=1, zorder=0)
     if paper is not None:
         look = {"color": "0.5", "fillstyle": "none", "label": "the paper (ImageNet)"}
         ax.plot(paper.macs / scale, paper.accuracy * 100, "D", **look)
