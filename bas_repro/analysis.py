@@ -155,7 +155,7 @@ def unit(macs: float) -> tuple[float, str]:  # divisor, and its sign
 
 # %% ../nbs/03c_analysis.ipynb #82cd2b76
 def _draw_curve(ax, group: pd.DataFrame, scale: float, color, labels: bool) -> None:
-    "One curve of a trade-off, with error bars of three seeds or more, and settings other than budgets of MACs."
+    "One curve, with error bars of three seeds or more, and settings other than budgets of MACs."
     group = group.sort_values("macs")
     x, y, sure = group.macs / scale, group.test_accuracy * 100, group.n >= 3
     bars = {"yerr": group.accuracy_std.where(sure) * 100, "xerr": group.macs_std.where(sure) / scale}
