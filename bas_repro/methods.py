@@ -128,17 +128,17 @@ def _milestones(run) -> None:
 
 # %% ../nbs/02g_methods.ipynb #50883036
 _GATE = ("bottleneck", "gate_bias", "gate_weight_decay", "start")
-_PRICE = ("target_macs", "l0_reduction", "reference_steps", "calendar", "gamma_from", "gamma_full")
+_PRICE = ("target_macs", "reference_steps", "calendar", "gamma_from", "gamma_full")
 _SHAPING = ("lam", "shaping_reduction", "pooled")
 
 add(Method(
     "bas", "BAS", "batch-shaping annealed to zero, then L0 (§5: ResNet-BAS)", look=("o", "-"), dial="gamma",
-    uses=(*_PRICE, *_SHAPING, "lam_until", *_GATE), gates=(gates.GatingModule,), convert=_channel_gates,
-    loss=_l0_or_budget, strength=_growing, lam=_annealed, check=_milestones, static=True,
+    uses=(*_PRICE, "l0_reduction", *_SHAPING, "lam_until", *_GATE), gates=(gates.GatingModule,),
+    convert=_channel_gates, loss=_l0_or_budget, strength=_growing, lam=_annealed, check=_milestones, static=True,
 ))
 add(Method(
     "l0", "L0 only", "L0 alone (§5.3: ResNet-L0)", look=("s", "--"), dial="gamma",
-    uses=(*_PRICE, *_GATE), gates=(gates.GatingModule,), convert=_channel_gates,
+    uses=(*_PRICE, "l0_reduction", *_GATE), gates=(gates.GatingModule,), convert=_channel_gates,
     loss=_l0_or_budget, strength=_growing, check=_milestones, static=True,
 ))
 add(Method(
@@ -219,7 +219,7 @@ def _sgad_loss(run, ledger: Ledger, gated: list, out, y, strength: torch.Tensor)
 
 add(Method(
     "sgad", "SGAD-style", "blocks dropped under the guidance of the input's difficulty", look=("P", ":"),
-    dial="gamma", uses=(*(name for name in _PRICE if name != "l0_reduction"), "gate_weight_decay", "start"),
+    dial="gamma", uses=(*_PRICE, "gate_weight_decay", "start"),
     gates=(baselines.GuidedGate, baselines.Guideline),
     convert=lambda net, run: baselines.sgad(net), loss=_sgad_loss, strength=_growing, check=_milestones,
 ))
