@@ -134,7 +134,8 @@ _SHAPING = ("lam", "shaping_reduction", "pooled")
 add(Method(
     "bas", "BAS", "batch-shaping annealed to zero, then L0 (§5: ResNet-BAS)", look=("o", "-"), dial="gamma",
     uses=(*_PRICE, "l0_reduction", *_SHAPING, "lam_until", *_GATE), gates=(gates.GatingModule,),
-    convert=_channel_gates, loss=_l0_or_budget, strength=_growing, lam=_annealed, check=_milestones, static=True,
+    convert=_channel_gates, loss=_l0_or_budget, strength=_growing, lam=_annealed, check=_milestones,
+    static=True,
 ))
 add(Method(
     "l0", "L0 only", "L0 alone (§5.3: ResNet-L0)", look=("s", "--"), dial="gamma",
