@@ -174,7 +174,7 @@ def tradeoff(
     "Figures 3 and 8: top-1 accuracy on the test images against the mean MACs of an image."
     fig, ax = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
     scale, sign = unit(table.macs_dense.max())
-    nets = dict(zip(sorted(set(table.network)), sns.color_palette("colorblind")))
+    nets = dict(zip(table.sort_values("macs_dense").network.unique(), sns.color_palette("colorblind")))
     keys = ["curve", *[name for name in ("skip_gate",) if name in table]]
     for _, group in table.groupby(keys, sort=False, dropna=False):
         _draw_curve(ax, group, scale, nets[group.network.iloc[0]], labels=len(table) <= 16)
