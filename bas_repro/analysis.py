@@ -359,7 +359,7 @@ def length_plot(
     title: str,
 ):  # a matplotlib figure
     "Accuracy at equal MACs against the length of training, and below it differences, as from compare()."
-    fig, axes = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 6.4), sharex=True, sharey="row",
+    fig, axes = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 7.2), sharex=True, sharey="row",
                              layout="constrained", squeeze=False)
     points, differences = (pd.concat(parts) for parts in zip(*columns.values()))
     spans = sorted(set(points.steps))
@@ -375,9 +375,10 @@ def length_plot(
         bottom.set(xlabel="steps of training", ylabel="difference in points of 100", xscale="log")
         bottom.set_xticks(spans, [f"{steps:,}" for steps in spans])
         bottom.minorticks_off()
+        top.legend(fontsize=7, frameon=False, loc="lower right")
+        bottom.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7, frameon=False)
         ax.label_outer()
     fig.suptitle(title, fontsize=9)
     plt.close(fig)
