@@ -27,6 +27,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                     'bas_repro.analysis.look_of': ('analysis.html#look_of', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.points': ('analysis.html#points', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.records': ('analysis.html#records', 'bas_repro/analysis.py'),
+                                    'bas_repro.analysis.seed_spread': ('analysis.html#seed_spread', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.smaller': ('analysis.html#smaller', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.summary': ('analysis.html#summary', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis.tradeoff': ('analysis.html#tradeoff', 'bas_repro/analysis.py'),

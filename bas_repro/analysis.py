@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'PAPER', 'SEGMENTATION', 'records', 'points', 'summary', 'look_of', 'unit', 'tradeoff', 'describe',
-           'compare', 'Verdict', 'verdict', 'against_smaller', 'smaller', 'length_plot', 'logs', 'curves', 'gamma_plot',
-           'fate_plot']
+           'seed_spread', 'compare', 'Verdict', 'verdict', 'against_smaller', 'smaller', 'length_plot', 'logs',
+           'curves', 'gamma_plot', 'fate_plot']
 
 # %% ../nbs/03c_analysis.ipynb #a005b356
 from dataclasses import dataclass
@@ -207,6 +207,7 @@ def describe(
     return f"{first.data}, {first.test_images:,} test images; {' or '.join(spans)}, {n}"
 
 # %% ../nbs/03c_analysis.ipynb #b56bba01
+_LENGTH = ["schedule", "steps"]  # runs that agree in both were trained alike
 _NEAR = 0.02  # MACs that differ by less than this share count as equal
 
 
@@ -234,10 +235,22 @@ def _gain(
         return _apart(ours, theirs, score)
     return float((np.interp(within.macs_mean, ours.macs_mean, ours[score]) - within[score]).mean())
 
+# %% ../nbs/03c_analysis.ipynb #194286c6
+def seed_spread(
+    table: pd.DataFrame,  # from records()
+    score: str = "test_accuracy",  # column that varies
+) -> pd.DataFrame:  # a row a schedule and steps: std, and its degrees of freedom
+    "How much a score varies over seeds: the standard deviation, pooled over the settings of a length."
+    settings = [*_LENGTH, "curve", "setting"]
+    apart = table[score] - table.groupby(settings)[score].transform("mean")
+    lengths = table.assign(squares=apart**2, first=~table.duplicated(settings)).groupby(_LENGTH)
+    found = lengths.agg(squares=("squares", "sum"), freedom=("first", lambda first: (~first).sum()))
+    return pd.DataFrame({"std": (found.squares / found.freedom)**0.5, "freedom": found.freedom})
 
-def _interval(values: pd.Series) -> float:
-    "Half the 95% interval of a mean; NaN for one value."
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
+
+def _interval(spread: pd.Series, n: int) -> float:
+    "Half the 95% interval of a difference over n seeds, from a row of seed_spread(); NaN without freedom."
+    return float(stats.t.ppf(0.975, spread.freedom) * spread["std"] * (2 / n)**0.5)
 
 # %% ../nbs/03c_analysis.ipynb #fceebd6f
 def _of_seeds(rows: pd.DataFrame, seeds: list[int]) -> pd.DataFrame:
@@ -252,20 +265,21 @@ def compare(
     theirs: pd.DataFrame,  # rows of records(): the other one
     score: str = "test_accuracy",  # column to compare
     equal_macs: bool = True,  # at equal MACs; False: the best points
+    table: pd.DataFrame | None = None,  # the study, whose seeds give the interval; None: ours and theirs
 ) -> pd.DataFrame:  # a row a length of training: schedule, steps, difference, interval (half), n
     "How far one curve lies above another, length by length, within one schedule."
+    spread = seed_spread(pd.concat([ours, theirs]) if table is None else table, score)
     rows = []
-    keys = ["schedule", "steps"]
-    for key, mine in ours.groupby(keys, sort=True):
-        others = theirs[(theirs[keys] == key).all(axis=1)]
+    for key, mine in ours.groupby(_LENGTH, sort=True):
+        others = theirs[(theirs[_LENGTH] == key).all(axis=1)]
         seeds = sorted(set(mine.seed) & set(others.seed))
         mine, others = _of_seeds(mine, seeds), _of_seeds(others, seeds)
         pairs = [(mine[mine.seed == seed], others[others.seed == seed]) for seed in seeds]
         gains = pd.Series([_gain(*pair, score, equal_macs) for pair in pairs], dtype=float)
         if len(gains) and gains.notna().all():
-            rows.append((*key, gains.mean(), _interval(gains), len(gains)))
-    table = pd.DataFrame(rows, columns=[*keys, "difference", "interval", "n"])
-    return table.sort_values("steps", ignore_index=True)
+            rows.append((*key, gains.mean(), _interval(spread.loc[key], len(gains)), len(gains)))
+    found = pd.DataFrame(rows, columns=[*_LENGTH, "difference", "interval", "n"])
+    return found.sort_values("steps", ignore_index=True)
 
 # %% ../nbs/03c_analysis.ipynb #20bb8d3f
 @dataclass(frozen=True)
@@ -305,7 +319,7 @@ def _why_undecided(
 # %% ../nbs/03c_analysis.ipynb #093546a0
 def _words(row) -> str:  # a row of compare()
     "A difference in words."
-    interval = f" ± {row.interval:.1%}" if row.n > 1 else ""
+    interval = "" if np.isnan(row.interval) else f" ± {row.interval:.1%}"
     return f"{row.difference:+.1%}{interval} at {row.steps:,} steps"
 
 
@@ -335,9 +349,10 @@ def against_smaller(
     ours: pd.DataFrame,  # rows of records()
     plain: pd.DataFrame,  # rows of records(): plain networks of several sizes
     score: str = "test_accuracy",
+    table: pd.DataFrame | None = None,  # as for compare()
 ) -> pd.DataFrame:  # as from compare()
     "How far our points lie above the line through plain networks, where compare() can tell."
-    lengths = compare(_all_sizes(plain), ours, score)
+    lengths = compare(_all_sizes(plain), ours, score, table=table)
     return lengths.assign(difference=-lengths.difference)
 
 
@@ -392,9 +407,6 @@ def _draw_differences(ax, table: pd.DataFrame, looks: dict) -> None:
         color, marker = looks[label]
         look = {"marker": marker, "capsize": 3, "color": color, "label": label}
         ax.errorbar(rows.steps * 1.04 ** i, rows.difference * 100, rows.interval * 100, **look)
-    ends = table.difference.min() * 100 - 4, table.difference.max() * 100 + 4
-    low, high = ax.get_ylim()
-    ax.set_ylim(max(low, ends[0]), min(high, ends[1]))
 
 # %% ../nbs/03c_analysis.ipynb #8a116752
 def logs(
