@@ -243,8 +243,8 @@ def seed_spread(
     "How much a score varies over seeds: the standard deviation, pooled over the settings of a length."
     settings = [*_LENGTH, "curve", "setting"]
     apart = table[score] - table.groupby(settings)[score].transform("mean")
-    lengths = table.assign(squares=apart**2, first=~table.duplicated(settings)).groupby(_LENGTH)
-    found = lengths.agg(squares=("squares", "sum"), freedom=("first", lambda first: (~first).sum()))
+    lengths = table.assign(squares=apart**2, freedom=table.duplicated(settings)).groupby(_LENGTH)
+    found = lengths[["squares", "freedom"]].sum()
     return pd.DataFrame({"std": (found.squares / found.freedom)**0.5, "freedom": found.freedom})
 
 
