@@ -433,6 +433,7 @@ AUGMENT = {  # name -> (x, size, random) -> (N, C, size, size)
     "": lambda x, size, random: middle(x, size),
     "shift": lambda x, size, random: _random_crop(x, size, random, pad=max(1, size // 8), flip=False),
     "crop": _random_crop,
+    "window": lambda x, size, random: _random_crop(x, size, random, pad=0),
     "resized crop": _random_resized_crop,
 }
 

@@ -72,6 +72,7 @@ SETTINGS = {
     "image_size": Setting(int, "pixels a side; in segmentation the height", low=4),
     "holdout": Setting(float, "share of the training images held out for validation", 0.1, 0, 1, "[)"),
     "stream": Setting(bool, "leave pictures on disk, and decode them anew in every epoch", False),
+    "augment": Setting(str, "how training images in memory are varied", choices=data.AUGMENT),
     "workers": Setting(int, "processes that read pictures besides the training one", 0, 0),
     # by which network
     "model": Setting(str, "a key of MODELS", "resnet20", choices=MODELS),
@@ -174,6 +175,8 @@ def _check_classification(run) -> None:
         raise ValueError(f"weights={run.weights!r} is not released: choose one of {', '.join(released)}")
     if run.stream and not run.source.streams:
         raise ValueError(f"stream: {run.dataset} is held in memory; only imagenet can be streamed")
+    if run.stream and run.has("augment"):
+        raise ValueError(f"augment={run.augment!r}: streamed pictures are varied as they are decoded; leave it out")
     if run.has("distill") and not (run.has("weights") or run.has("start")):
         raise ValueError(f"distill={run.distill}: no network to learn from; give weights or start: plain")
     if run.width > 1 and not cifar:
@@ -221,7 +224,7 @@ TASKS = {
     "classification": Task(
         "classification",
         module="bas_repro.train",
-        settings=("model", "width", "stream", "epochs", "distill"),
+        settings=("model", "width", "stream", "augment", "epochs", "distill"),
         schedules={"paper": ("calendar", "lr_drops"), "linear": ("warmup",)},
         fall=_drops,
         network=_wide,

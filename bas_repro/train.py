@@ -236,7 +236,8 @@ def _splits(device: str, *arguments) -> data.Splits:
 def _read(run: Run, device: str) -> data.Splits:
     "The run's images."
     root = run.settings.get("data_root", "")
-    return _splits(device, run.dataset, root, run.holdout, run.image_size, run.stream, run.workers)
+    splits = _splits(device, run.dataset, root, run.holdout, run.image_size, run.stream, run.workers)
+    return splits._replace(augment=run.settings.get("augment", splits.augment))
 
 # %% ../nbs/03a_train.ipynb #9dae27cf
 def _build(
@@ -1045,7 +1046,7 @@ def _alike(run: Run) -> str:
     "What runs that train together have in common."
     if run.has("dropout") or run.has("pooled") or not run.method.fixed:
         return run.name
-    images = ("dataset", "image_size", "holdout", "stream", "batch_size", "epochs")
+    images = ("dataset", "image_size", "holdout", "stream", "augment", "batch_size", "epochs")
     return str([run.settings.get(name) for name in images])
 
 
