@@ -595,6 +595,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                   'bas_repro.resnet.gated_layers': ('resnet.html#gated_layers', 'bas_repro/resnet.py'),
                                   'bas_repro.resnet.imagenet_resnet': ('resnet.html#imagenet_resnet', 'bas_repro/resnet.py'),
                                   'bas_repro.resnet.masked': ('resnet.html#masked', 'bas_repro/resnet.py'),
+                                  'bas_repro.resnet.resnet10': ('resnet.html#resnet10', 'bas_repro/resnet.py'),
                                   'bas_repro.resnet.resnet18': ('resnet.html#resnet18', 'bas_repro/resnet.py'),
                                   'bas_repro.resnet.resnet34': ('resnet.html#resnet34', 'bas_repro/resnet.py'),
                                   'bas_repro.resnet.resnet50': ('resnet.html#resnet50', 'bas_repro/resnet.py'),

@@ -6,7 +6,8 @@
 __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet38', 'resnet44', 'resnet56', 'resnet110', 'masked',
            'GatedBasicBlock', 'GatedBottleneck', 'run_blocks', 'blocks_of', 'ImageNetResNet', 'cifar_block',
            'CifarResNet', 'GatedLayer', 'gated_layers', 'gated_block', 'gate', 'weight_names', 'weight_card',
-           'as_stored', 'save_weights', 'cifar_resnet', 'imagenet_resnet', 'resnet18', 'resnet34', 'resnet50']
+           'as_stored', 'save_weights', 'cifar_resnet', 'imagenet_resnet', 'resnet18', 'resnet34', 'resnet50',
+           'resnet10']
 
 # %% ../nbs/02a_resnet.ipynb #d649e380
 import logging
@@ -433,3 +434,13 @@ def resnet34(num_classes: int = 1000, gated: bool = False, **options) -> ImageNe
 def resnet50(num_classes: int = 1000, gated: bool = False, **options) -> ImageNetResNet:
     "ResNet-50 for ImageNet; options as in `imagenet_resnet`."
     return imagenet_resnet("resnet50", num_classes, gated, **options)
+
+# %% ../nbs/02a_resnet.ipynb #99ef1539
+def resnet10(
+    num_classes: int = 1000,  # outputs
+    gated: bool = False,  # with the gates of Eq. 4
+    **options,  # of gate(), such as gate_bias
+) -> ImageNetResNet:
+    "ResNet-18 with the first block of each stage alone. There are no published weights."
+    net = ImageNetResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+    return gate(net, **options) if gated else net

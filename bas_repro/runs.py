@@ -62,7 +62,7 @@ class Setting:
 # %% ../nbs/03_runs.ipynb #291f26c2
 _CIFAR_DEPTHS = (8, 14, 20, 32, 38, 44, 56, 110)
 CIFAR_MODELS = {f"resnet{depth}": getattr(resnet, f"resnet{depth}") for depth in _CIFAR_DEPTHS}
-MODELS = CIFAR_MODELS | {f"resnet{depth}": getattr(resnet, f"resnet{depth}") for depth in (18, 34, 50)}
+MODELS = CIFAR_MODELS | {f"resnet{depth}": getattr(resnet, f"resnet{depth}") for depth in (10, 18, 34, 50)}
 
 # %% ../nbs/03_runs.ipynb #84443c55
 SETTINGS = {
