@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'PAPER', 'SEGMENTATION', 'records', 'points', 'summary', 'look_of', 'unit', 'tradeoff', 'describe',
-           'seed_spread', 'compare', 'Verdict', 'verdict', 'against_smaller', 'smaller', 'length_plot', 'logs',
-           'curves', 'gamma_plot', 'fate_plot']
+           'seed_spread', 'compare', 'Verdict', 'verdict', 'against_smaller', 'smaller', 'above_plain', 'above_plot',
+           'length_plot', 'at_equal_macs', 'by_length', 'verdict_table', 'logs', 'curves', 'gamma_plot', 'fate_plot']
 
 # %% ../nbs/03c_analysis.ipynb #a005b356
 from dataclasses import dataclass
@@ -368,6 +368,25 @@ def smaller(
     wanted = {"test_accuracy": ("accuracy", "mean"), "accuracy_std": ("accuracy", "std")}
     return found.agg(**wanted, n=("accuracy", "size"))
 
+# %% ../nbs/03c_analysis.ipynb #e66c00dc
+def above_plain(
+    table: pd.DataFrame,  # from points(): of one length, plain networks of several sizes among them
+) -> pd.DataFrame:  # the same, with the distance from the plain networks' line as test_accuracy
+    "How far points lie above the line through the plain networks, where these cost as much."
+    plain = table[table.method == "plain"].sort_values("macs")
+    reach = plain.macs.min() * (1 - _NEAR), plain.macs.max() * (1 + _NEAR)
+    table = table[table.macs.between(*reach)]
+    return table.assign(test_accuracy=table.test_accuracy - np.interp(table.macs, plain.macs, plain.test_accuracy))
+
+# %% ../nbs/03c_analysis.ipynb #262f0afe
+def above_plot(
+    above: pd.DataFrame,  # from above_plain()
+):  # a matplotlib figure
+    "A trade-off, seen from the plain networks."
+    figure = tradeoff(above, describe(above))
+    figure.axes[0].set(ylabel="points above plain networks of the same MACs")
+    return figure
+
 # %% ../nbs/03c_analysis.ipynb #7c18a32c
 def length_plot(
     columns: dict,  # heading → points (label, method, line, steps, test_accuracy, accuracy_std), differences
@@ -407,6 +426,57 @@ def _draw_differences(ax, table: pd.DataFrame, looks: dict) -> None:
         color, marker = looks[label]
         look = {"marker": marker, "capsize": 3, "color": color, "label": label}
         ax.errorbar(rows.steps * 1.04 ** i, rows.difference * 100, rows.interval * 100, **look)
+
+# %% ../nbs/03c_analysis.ipynb #6b456a8a
+def at_equal_macs(
+    table: pd.DataFrame,  # from records(): a study of several lengths
+    network: str,  # such as ResNet-20
+    small: tuple[str, ...],  # the plain networks that the line is drawn through
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # a column of length_plot()
+    "Points and differences of a network's gated runs."
+    mine, plain = table[table.network == network], table[table.method == "plain"]
+    gated, whole, line = mine[mine.method != "plain"], mine[mine.method == "plain"], plain[plain.network.isin(small)]
+    shown = points(mine).assign(line="-")
+    shown["label"] = shown.named.where(shown.method != "plain", "plain, with all its MACs")
+    beside = smaller(line, gated.macs_mean.mean()).assign(label="smaller plain networks", method="plain", line="--")
+    bas, l0 = (gated[gated.method == method] for method in ("bas", "l0"))
+    apart = {f"{named} above smaller plain networks": against_smaller(rows, line, table=table)
+             for named, rows in gated.groupby("named", sort=False)}
+    apart["BAS above L0 only"] = compare(bas, l0, table=table)
+    apart["BAS above the whole plain network"] = compare(bas, whole, equal_macs=False, table=table)
+    differences = pd.concat([rows.assign(label=label) for label, rows in apart.items()], ignore_index=True)
+    return pd.concat([shown, beside], ignore_index=True), differences
+
+# %% ../nbs/03c_analysis.ipynb #f7df8400
+def by_length(
+    table: pd.DataFrame,  # from records(): a study of several lengths
+    small: tuple[str, ...],  # the plain networks that the line is drawn through
+) -> dict:  # heading → column of length_plot()
+    "Each gated network, and the share of the plain one's MACs that it was trained to."
+    budgets = table.dropna(subset=["target_macs"]).groupby("network").target_macs.first()
+    headings = {network: f"{network} at {share:g} of its MACs" for network, share in budgets.items()}
+    return {heading: at_equal_macs(table, network, small) for network, heading in headings.items()}
+
+# %% ../nbs/03c_analysis.ipynb #8e27f99e
+def _difference(row) -> str:  # a row of compare()
+    "A difference in points of 100."
+    interval = "" if np.isnan(row.interval) else f" ± {100 * row.interval:.1f}"
+    return f"{100 * row.difference:+.1f}{interval} (n = {row.n})"
+
+
+def verdict_table(
+    columns: dict,  # from by_length()
+    table: pd.DataFrame,  # from records(): the study
+) -> pd.DataFrame:  # a row a difference, a column a length, and the verdict
+    "Differences and verdicts of a study of several lengths."
+    said = {}
+    for heading, (_, differences) in columns.items():
+        plain = table[(table.method == "plain") & (table.network == heading.split()[0])]
+        for label, rows in differences.groupby("label"):
+            found = verdict(rows, plain)
+            words = f"{found.verdict}: {found.why}" if found.why else found.verdict
+            said[heading, label] = {row.steps: _difference(row) for row in rows.itertuples()} | {"verdict": words}
+    return pd.DataFrame(said).T.rename_axis(columns="steps").fillna("")
 
 # %% ../nbs/03c_analysis.ipynb #8a116752
 def logs(
