@@ -376,7 +376,8 @@ def above_plain(
     plain = table[table.method == "plain"].sort_values("macs")
     reach = plain.macs.min() * (1 - _NEAR), plain.macs.max() * (1 + _NEAR)
     table = table[table.macs.between(*reach)]
-    return table.assign(test_accuracy=table.test_accuracy - np.interp(table.macs, plain.macs, plain.test_accuracy))
+    line = np.interp(table.macs, plain.macs, plain.test_accuracy)
+    return table.assign(test_accuracy=table.test_accuracy - line)
 
 # %% ../nbs/03c_analysis.ipynb #262f0afe
 def above_plot(
@@ -475,7 +476,8 @@ def verdict_table(
         for label, rows in differences.groupby("label"):
             found = verdict(rows, plain)
             words = f"{found.verdict}: {found.why}" if found.why else found.verdict
-            said[heading, label] = {row.steps: _difference(row) for row in rows.itertuples()} | {"verdict": words}
+            by_steps = {row.steps: _difference(row) for row in rows.itertuples()}
+            said[heading, label] = by_steps | {"verdict": words}
     return pd.DataFrame(said).T.rename_axis(columns="steps").fillna("")
 
 # %% ../nbs/03c_analysis.ipynb #8a116752
