@@ -436,10 +436,12 @@ def at_equal_macs(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # a column of length_plot()
     "Points and differences of a network's gated runs."
     mine, plain = table[table.network == network], table[table.method == "plain"]
-    gated, whole, line = mine[mine.method != "plain"], mine[mine.method == "plain"], plain[plain.network.isin(small)]
+    gated, whole = mine[mine.method != "plain"], mine[mine.method == "plain"]
+    line = plain[plain.network.isin(small)]
     shown = points(mine).assign(line="-")
     shown["label"] = shown.named.where(shown.method != "plain", "plain, with all its MACs")
-    beside = smaller(line, gated.macs_mean.mean()).assign(label="smaller plain networks", method="plain", line="--")
+    look = {"label": "smaller plain networks", "method": "plain", "line": "--"}
+    beside = smaller(line, gated.macs_mean.mean()).assign(**look)
     bas, l0 = (gated[gated.method == method] for method in ("bas", "l0"))
     apart = {f"{named} above smaller plain networks": against_smaller(rows, line, table=table)
              for named, rows in gated.groupby("named", sort=False)}

@@ -176,7 +176,7 @@ def _check_classification(run) -> None:
     if run.stream and not run.source.streams:
         raise ValueError(f"stream: {run.dataset} is held in memory; only imagenet can be streamed")
     if run.stream and run.has("augment"):
-        raise ValueError(f"augment={run.augment!r}: streamed pictures are varied as they are decoded; leave it out")
+        raise ValueError(f"augment={run.augment!r}: streamed pictures are varied when decoded; leave it out")
     if run.has("distill") and not (run.has("weights") or run.has("start")):
         raise ValueError(f"distill={run.distill}: no network to learn from; give weights or start: plain")
     if run.width > 1 and not cifar:
