@@ -51,7 +51,8 @@ class Setting:
                 raise ValueError(f"{name}={list(value)}: must be finite numbers")
             return tuple(map(float, value))
         if self.choices and value not in self.choices:
-            raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(filter(None, self.choices))}")
+            known = ", ".join(filter(None, self.choices))
+            raise ValueError(f"{name}={value!r} is not known: choose one of {known}")
         if self.kind in (int, float):
             inside = self.low <= value <= self.high and math.isfinite(value)
             end = {"[)": self.high, "(]": self.low}.get(self.ends)  # that may not be reached
