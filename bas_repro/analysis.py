@@ -369,11 +369,16 @@ def smaller(
     return found.agg(**wanted, n=("accuracy", "size"))
 
 # %% ../nbs/03c_analysis.ipynb #e66c00dc
+def _plain(table: pd.DataFrame) -> pd.Series:
+    "Whether each row's network has no gates."
+    return table.method.map(lambda name: not methods.method(name).gates)
+
+
 def above_plain(
     table: pd.DataFrame,  # from points(): of one length, plain networks of several sizes among them
 ) -> pd.DataFrame:  # the same, with the distance from the plain networks' line as test_accuracy
     "How far points lie above the line through the plain networks, where these cost as much."
-    plain = table[table.method == "plain"].sort_values("macs")
+    plain = table[_plain(table)].sort_values("macs")
     reach = plain.macs.min() * (1 - _NEAR), plain.macs.max() * (1 + _NEAR)
     table = table[table.macs.between(*reach)]
     line = np.interp(table.macs, plain.macs, plain.test_accuracy)
@@ -433,20 +438,22 @@ def at_equal_macs(
     table: pd.DataFrame,  # from records(): a study of several lengths
     network: str,  # such as ResNet-20
     small: tuple[str, ...],  # the plain networks that the line is drawn through
+    pair: tuple[str, str],  # two methods; the first is also compared with the whole plain network
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # a column of length_plot()
     "Points and differences of a network's gated runs."
-    mine, plain = table[table.network == network], table[table.method == "plain"]
-    gated, whole = mine[mine.method != "plain"], mine[mine.method == "plain"]
-    line = plain[plain.network.isin(small)]
+    mine = table[table.network == network]
+    gated, whole = mine[~_plain(mine)], mine[_plain(mine)]
+    line = table[_plain(table) & table.network.isin(small)]
     shown = points(mine).assign(line="-")
-    shown["label"] = shown.named.where(shown.method != "plain", "plain, with all its MACs")
-    look = {"label": "smaller plain networks", "method": "plain", "line": "--"}
-    beside = smaller(line, gated.macs_mean.mean()).assign(**look)
-    bas, l0 = (gated[gated.method == method] for method in ("bas", "l0"))
+    shown["label"] = shown.named.mask(_plain(shown), "plain, with all its MACs")
+    beside = smaller(line, gated.macs_mean.mean())
+    beside = beside.assign(label="smaller plain networks", method="plain", line="--")
+    ours, theirs = (gated[gated.method == method] for method in pair)
+    one, other = (methods.method(method).label for method in pair)
     apart = {f"{named} above smaller plain networks": against_smaller(rows, line, table=table)
              for named, rows in gated.groupby("named", sort=False)}
-    apart["BAS above L0 only"] = compare(bas, l0, table=table)
-    apart["BAS above the whole plain network"] = compare(bas, whole, equal_macs=False, table=table)
+    apart[f"{one} above {other}"] = compare(ours, theirs, table=table)
+    apart[f"{one} above the whole plain network"] = compare(ours, whole, equal_macs=False, table=table)
     differences = pd.concat([rows.assign(label=label) for label, rows in apart.items()], ignore_index=True)
     return pd.concat([shown, beside], ignore_index=True), differences
 
@@ -454,11 +461,12 @@ def at_equal_macs(
 def by_length(
     table: pd.DataFrame,  # from records(): a study of several lengths
     small: tuple[str, ...],  # the plain networks that the line is drawn through
+    pair: tuple[str, str],  # as in at_equal_macs
 ) -> dict:  # heading → column of length_plot()
     "Each gated network, and the share of the plain one's MACs that it was trained to."
     budgets = table.dropna(subset=["target_macs"]).groupby("network").target_macs.first()
     headings = {network: f"{network} at {share:g} of its MACs" for network, share in budgets.items()}
-    return {heading: at_equal_macs(table, network, small) for network, heading in headings.items()}
+    return {heading: at_equal_macs(table, network, small, pair) for network, heading in headings.items()}
 
 # %% ../nbs/03c_analysis.ipynb #8e27f99e
 def _difference(row) -> str:  # a row of compare()
@@ -474,7 +482,7 @@ def verdict_table(
     "Differences and verdicts of a study of several lengths."
     said = {}
     for heading, (_, differences) in columns.items():
-        plain = table[(table.method == "plain") & (table.network == heading.split()[0])]
+        plain = table[_plain(table) & (table.network == heading.split()[0])]
         for label, rows in differences.groupby("label"):
             found = verdict(rows, plain)
             words = f"{found.verdict}: {found.why}" if found.why else found.verdict
