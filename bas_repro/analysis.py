@@ -90,8 +90,8 @@ def _told_apart(table: pd.DataFrame) -> pd.Series:
     for _, rows in table.groupby(["curve", "setting", "steps"]):
         differ = [name for name in settings if rows[name].map(str).nunique() > 1]
         for i in rows.index if differ else ():
-            own = [name for name in differ if table.at[i, name] == table.at[i, name]]  # NaN: it has none
-            extra = [f"{runs.SETTINGS[name].sign or name}={table.at[i, name]}" for name in own]
+            own = table.loc[i, differ].dropna().items()  # NaN: it has none
+            extra = [f"{runs.SETTINGS[name].sign or name}={runs.SETTINGS[name].kind(value)}" for name, value in own]
             told[i] = ", ".join(filter(None, (table.at[i, "setting"], *extra)))
     return told
 
