@@ -15,6 +15,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/bas_repro', 'doc_host': ''
                                     'bas_repro.analysis._one_legend': ('analysis.html#_one_legend', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._plain': ('analysis.html#_plain', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._row': ('analysis.html#_row', 'bas_repro/analysis.py'),
+                                    'bas_repro.analysis._said': ('analysis.html#_said', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._told_apart': ('analysis.html#_told_apart', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._why_undecided': ('analysis.html#_why_undecided', 'bas_repro/analysis.py'),
                                     'bas_repro.analysis._words': ('analysis.html#_words', 'bas_repro/analysis.py'),

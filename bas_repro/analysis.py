@@ -82,6 +82,12 @@ def _row(run: Run) -> dict:
     known = {"data": run.source.label, **metrics}
     return {**run.settings, **{k: v for k, v in known.items() if k != "settings"}, **names}
 
+# %% ../nbs/03c_analysis.ipynb #ba110701
+def _said(name: str, value) -> str:
+    "A setting with its value; a whole number stays one, whatever pandas made of its column."
+    setting = runs.SETTINGS[name]
+    return f"{setting.sign or name}={setting.kind(value)}"
+
 # %% ../nbs/03c_analysis.ipynb #16b18d61
 def _told_apart(table: pd.DataFrame) -> pd.Series:
     "Each row's setting, with whatever else tells it from rows of the same name."
@@ -90,8 +96,7 @@ def _told_apart(table: pd.DataFrame) -> pd.Series:
     for _, rows in table.groupby(["curve", "setting", "steps"]):
         differ = [name for name in settings if rows[name].map(str).nunique() > 1]
         for i in rows.index if differ else ():
-            own = table.loc[i, differ].dropna().items()  # NaN: it has none
-            extra = [f"{runs.SETTINGS[name].sign or name}={runs.SETTINGS[name].kind(value)}" for name, value in own]
+            extra = [_said(*own) for own in table.loc[i, differ].dropna().items()]  # NaN: it has none
             told[i] = ", ".join(filter(None, (table.at[i, "setting"], *extra)))
     return told
 
